@@ -1,0 +1,1 @@
+"""The command `elm-jax`: one thin module per command."""

@@ -1,0 +1,106 @@
+"""`elm-jax`: parses arguments, runs a command, turns errors into one line and an exit status."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from elm_jax.errors import ElmError
+from elm_jax.version import __version__
+
+COMMANDS = (
+    "render",
+    "train",
+    "experts",
+    "library",
+    "merge",
+    "evaluate",
+    "report",
+    "export",
+    "mini",
+)
+_DESCRIPTION = """\
+Trains many small experts over one frozen T5, then retrieves, merges and evaluates them.
+
+A usual order: train -> library build -> evaluate -> report.
+Exit status: 0 done, 1 failed, 2 bad arguments. ELM_JAX_DEBUG=1 shows tracebacks.
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser of all commands; imports nothing heavy."""
+    parser = argparse.ArgumentParser(
+        prog="elm-jax",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"elm-jax {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name in COMMANDS:
+        importlib.import_module(f"elm_jax.cli.{name}").add_parser(subparsers)
+    return parser
+
+
+def describe(error: BaseException) -> str | None:
+    """Returns the one line that a user needs of an error, or None if it is a bug of ours."""
+    text = " ".join(str(error).split())
+    if isinstance(error, (ElmError, FileNotFoundError, FileExistsError)):
+        return text
+    # Orbax and tensorstore wrap a full disk in types of their own.
+    if "No space left on device" in text:
+        return (
+            f"the disk is full: {text[:300]}; nothing half-written is listed, "
+            "free room and run it again"
+        )
+    if isinstance(error, OSError):
+        return f"{type(error).__name__}: {text}"
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        extra = {"seqio": "data", "tensorflow": "data", "scann": "retrieval"}.get(
+            error.name, "retrieval" if error.name == "sentence_transformers" else "all"
+        )
+        return f"the package {error.name!r} is not installed; pip install 'elm_jax[{extra}]'"
+    return None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+      argv: arguments without the program's name; those of the process by default.
+
+    Returns:
+      The exit status: 0 done, 1 failed, 2 bad arguments.
+    """
+    # TensorFlow, where a command loads it, should not fill the screen.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    try:
+        args = make_parser().parse_args(argv)
+    except SystemExit as error:
+        return int(error.code or 0)
+    debug = bool(os.environ.get("ELM_JAX_DEBUG"))
+    if not debug:
+        # What Orbax logs with a traceback it raises, too, and that is said in one line below.
+        from absl import logging
+
+        logging.set_verbosity(logging.FATAL)
+    try:
+        return int(args.run(args) or 0)
+    except KeyboardInterrupt:
+        print("elm-jax: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        line = describe(error)
+        if line is None or debug:
+            raise
+        print(f"elm-jax {args.command}: error: {line}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

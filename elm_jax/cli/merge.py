@@ -1,0 +1,82 @@
+"""`elm-jax merge`: adds a weighted sum of experts to a store."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from elm_jax.cli import common
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds `merge`."""
+    parser = common.command(
+        subparsers,
+        "merge",
+        help="merge experts into a new one",
+        example="elm-jax merge store rte cb --weights 0.7,0.3 --output-id rte_cb",
+        description="Adds theta_pre + sum_i lambda_i tau_i (task arithmetic) to the store; the "
+        "weights are uniform (1 / N), given, or searched on held-out examples with --search.",
+    )
+    parser.add_argument("store", metavar="STORE")
+    parser.add_argument("ids", metavar="ID", nargs="+", help="two experts or more")
+    parser.add_argument("--weights", type=common.floats, metavar="L1,L2,...")
+    parser.add_argument("--output-id", required=True, metavar="NEW", help="id of the result")
+    search = parser.add_argument_group("search of the weights")
+    search.add_argument(
+        "--search", nargs="+", metavar="PATTERN", help="tasks on which to search the weights"
+    )
+    search.add_argument("--backbone", default="elm-tiny", help="name or folder (%(default)s)")
+    search.add_argument(
+        "--search-split", help="default: validation, or train where a task has none"
+    )
+    search.add_argument("--search-examples", type=int, default=64, help="per task (%(default)s)")
+    search.add_argument("--answer-choices", choices=("given", "auto", "none"), default="given")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Merges, after a search where asked for."""
+    from elm_jax.errors import ElmError
+    from elm_jax.experts import ExpertStore, merge
+
+    store = ExpertStore(args.store)
+    if args.search and args.weights:
+        raise ElmError("--weights and --search exclude each other")
+    weights = args.weights
+    settings: dict[str, Any] = {}
+    tried: tuple[tuple[tuple[float, ...], float], ...] = ()
+    if args.search:
+        if args.output_id in store:
+            raise FileExistsError(f"{store.path / args.output_id} already exists")
+        from elm_jax.evaluation.search import search_on_tasks
+
+        bar = common.ProgressBar("weights", hide=args.json)
+        try:
+            found = search_on_tasks(
+                store,
+                args.ids,
+                args.backbone,
+                args.search,
+                split=args.search_split,
+                max_examples=args.search_examples,
+                answer_choices=args.answer_choices,
+                report=lambda done, score: bar.update(done, 0, f"best {score:.3f}"),
+            )
+        finally:
+            bar.close()
+        weights, tried = found.weights, found.tried
+        settings = {"search": {"tasks": args.search, "score": found.score, "tried": len(tried)}}
+    info = merge(store, args.ids, output_id=args.output_id, weights=weights, settings=settings)
+    if args.json:
+        curve = [{"weights": list(w), "score": s} for w, s in tried]
+        common.print_json({**info.to_json(), "search_curve": curve})
+        return 0
+    if tried:
+        common.print_table(
+            ("weights", "score"), [(", ".join(f"{x:g}" for x in w), s) for w, s in tried]
+        )
+    parts = " + ".join(f"{part['weight']:.3g} {part['id']}" for part in info.merged_from or ())
+    print(f"{store.path / info.id} = {parts} ({info.parameters:,} parameters)")
+    return 0

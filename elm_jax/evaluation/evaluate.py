@@ -1,0 +1,522 @@
+"""Scoring experts on tasks, and the ways to give a task its expert.
+
+Every (task, expert) score is one file, reused where its settings are the same; a strategy (none,
+retrieved, oracle, random, one expert) then chooses among them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from elm_jax.checkpoints.backbone import Backbone
+from elm_jax.data.batches import BUCKETS
+from elm_jax.data.examples import Example, TaskData, by_prompt, with_answer_choices
+from elm_jax.data.vocabulary import EOS_ID, Vocabulary
+from elm_jax.decoding import (
+    choice_log_probs,
+    greedy_decode,
+    stacked_choice_log_probs,
+    stacked_greedy_decode,
+)
+from elm_jax.decoding.rank import rank
+from elm_jax.errors import ElmError, nearest
+from elm_jax.evaluation import metrics, results
+from elm_jax.experts import ExpertInfo, ExpertStore, check_backbone, stack
+from elm_jax.experts.tree import Tree
+from elm_jax.models import T5, ExpertSpec
+
+WITH = ("none", "all", "oracle", "retrieved", "random")
+GENERATION_METRICS = ("rouge_l", "exact_match")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationOptions:
+    """How examples are scored.
+
+    Attributes:
+      split: which examples.
+      per: score each 'task', or each 'prompt' of it, as one.
+      answer_choices: 'given', 'auto' (rank the targets of closed tasks) or 'none' (generate).
+      mean_log_prob: rank choices by the mean log-probability of their tokens, not the sum.
+      generation_metric: 'rouge_l' or 'exact_match', for tasks without choices.
+      batch_size: inputs per batch.
+      experts_per_batch: X, experts scored on a batch at once.
+      max_inputs_length: longest input, in tokens; longer ones are cut.
+      max_targets_length: longest choice or generated text, in tokens.
+      max_examples: examples per task, the first ones; None is all.
+      queries: Q, test instances that vote in a retrieval.
+      seed: of the queries drawn, and of random experts.
+    """
+
+    split: str = "test"
+    per: str = "task"
+    answer_choices: str = "given"
+    mean_log_prob: bool = False
+    generation_metric: str = "rouge_l"
+    batch_size: int = 32
+    experts_per_batch: int = 8
+    max_inputs_length: int = 512
+    max_targets_length: int = 128
+    max_examples: int | None = None
+    queries: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.per not in ("task", "prompt"):
+            raise ElmError(f"per must be 'task' or 'prompt', got {self.per!r}")
+        if self.generation_metric not in GENERATION_METRICS:
+            raise ElmError(
+                f"generation_metric must be one of {', '.join(GENERATION_METRICS)}, got "
+                f"{self.generation_metric!r}{nearest(self.generation_metric, GENERATION_METRICS)}"
+            )
+        sizes = ("batch_size", "experts_per_batch", "max_inputs_length", "max_targets_length")
+        for name in (*sizes, "max_examples", "queries"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ElmError(f"{name} must be at least 1, got {value}")
+
+    def settings(self) -> dict[str, Any]:
+        """Returns what decides a score, as JSON."""
+        names = (
+            "split",
+            "answer_choices",
+            "mean_log_prob",
+            "generation_metric",
+            "max_inputs_length",
+            "max_targets_length",
+            "max_examples",
+        )
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """What gets one score: a task, or one prompt of it.
+
+    Attributes:
+      name: '<task>' or '<task>/<prompt>'.
+      task: name of the task.
+      examples: what is scored.
+      ranked: whether every example has answer choices, so that they are ranked, not generated.
+    """
+
+    name: str
+    task: str
+    examples: tuple[Example, ...]
+    ranked: bool
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 of all that decides its score, in hex."""
+        rows = [[e.inputs, e.targets, e.answer_choices] for e in self.examples]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def make_units(tasks: Sequence[TaskData], options: EvaluationOptions) -> list[Unit]:
+    """Returns what is to be scored, in the order of the tasks.
+
+    A unit of which only some examples have choices is generated as a whole.
+
+    Raises:
+      ElmError: if a task lacks the split.
+    """
+    units = []
+    for task in tasks:
+        task.split(options.split)  # an error names the splits there are
+        train = task.split("train") if "train" in task.splits else None
+        for part in by_prompt(task).values() if options.per == "prompt" else [task]:
+            if options.split not in part.splits:
+                continue
+            examples = part.split(options.split)[: options.max_examples]
+            chosen = with_answer_choices(examples, options.answer_choices, train=train)
+            ranked = all(example.answer_choices for example in chosen)
+            units.append(Unit(part.name, task.name, tuple(chosen), ranked))
+    return units
+
+
+def batches_of(
+    unit: Unit, vocabulary: Vocabulary, options: EvaluationOptions
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
+    """Goes once through a unit, sorted by length, in batches of few different shapes.
+
+    Yields:
+      int64 [n <= B], which examples these are; int32 [B, T], their inputs (the last row repeated
+      to fill the batch); and for a ranked unit int32 [B, C, U], their choices.
+    """
+    inputs = [
+        [*ids[: options.max_inputs_length - 1], EOS_ID]
+        for ids in vocabulary.encode_all([example.inputs for example in unit.examples])
+    ]
+    choices: list[list[list[int]]] = []
+    if unit.ranked:
+        limit = options.max_targets_length - 1
+        encoded = {
+            choice: [*vocabulary.encode(choice)[:limit], EOS_ID]
+            for choice in {c for e in unit.examples for c in e.answer_choices or ()}
+        }
+        choices = [[encoded[c] for c in e.answer_choices or ()] for e in unit.examples]
+    width = max((len(row) for row in choices), default=0)
+    longest = max((len(choice) for row in choices for choice in row), default=0)
+    order = np.argsort([len(ids) for ids in inputs], kind="stable")
+    for start in range(0, len(order), options.batch_size):
+        rows = order[start : start + options.batch_size]
+        filled = np.pad(rows, (0, options.batch_size - len(rows)), mode="edge")
+        length = max(len(inputs[i]) for i in rows)
+        length = next((size for size in BUCKETS if size >= length), length)
+        tokens = np.zeros((len(filled), length), np.int32)
+        packed = np.zeros((len(filled), width, longest), np.int32) if unit.ranked else None
+        for place, i in enumerate(filled):
+            tokens[place, : len(inputs[i])] = inputs[i]
+            if packed is not None:
+                for c, choice in enumerate(choices[i]):
+                    packed[place, c, : len(choice)] = choice
+        yield rows, tokens, packed
+
+
+def score_examples(
+    unit: Unit,
+    vocabulary: Vocabulary,
+    options: EvaluationOptions,
+    config: Any,
+    params: Tree,
+    spec: ExpertSpec | None,
+    experts: Sequence[Tree],
+) -> tuple[np.ndarray, list[list[str]]]:
+    """Scores each example of a unit with each of X experts (or, with spec None, the backbone).
+
+    Returns:
+      float32 [X, n], the metric of each example; and the answers, [X][n].
+    """
+    model = T5(config, spec)
+    stacked = jax.device_put(stack(list(experts))) if spec is not None else None
+    width = max(len(experts), 1)
+    values = np.zeros((width, len(unit.examples)), np.float32)
+    answers = [[""] * len(unit.examples) for _ in range(width)]
+    text_metric = getattr(metrics, options.generation_metric)
+    for rows, tokens, choices in batches_of(unit, vocabulary, options):
+        if choices is not None:
+            if spec is None:
+                scores, counts = choice_log_probs(model, {"params": params}, tokens, choices)
+                scores = scores[None]
+            else:
+                scores, counts = stacked_choice_log_probs(
+                    model, spec, params, stacked, tokens, choices
+                )
+            best = np.asarray(rank(scores, counts, mean=options.mean_log_prob))
+        else:
+            length = options.max_targets_length
+            if spec is None:
+                decoded = greedy_decode(model, {"params": params}, tokens, max_decode_len=length)
+                out = np.asarray(decoded)[None]
+            else:
+                out = np.asarray(
+                    stacked_greedy_decode(
+                        model, spec, params, stacked, tokens, max_decode_len=length
+                    )
+                )
+        for x in range(width):
+            for place, i in enumerate(rows):
+                example = unit.examples[i]
+                if choices is not None:
+                    answer = (example.answer_choices or ())[int(best[x, place])]
+                    values[x, i] = metrics.exact_match(answer, example.targets)
+                else:
+                    answer = vocabulary.decode(out[x, place].tolist())
+                    values[x, i] = text_metric(answer, example.targets)
+                answers[x][i] = answer
+    return values, answers
+
+
+Report = Callable[[int, int, str], None]
+"""Called with the scores done, all scores, and a label."""
+
+
+class Evaluator:
+    """Scores experts of a store on tasks, into a results folder.
+
+    Args:
+      backbone: what the experts run on.
+      vocabulary: of the backbone.
+      tasks: the tasks to score on.
+      output: results folder; scores that are there with the same settings are kept.
+      store: the experts; needed for all but the bare backbone.
+      options: how to score.
+      report: called as scores are done.
+
+    Raises:
+      ElmError: if a task lacks the split or results there are of another backbone.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        vocabulary: Vocabulary,
+        tasks: Sequence[TaskData],
+        output: str | Path,
+        *,
+        store: ExpertStore | None = None,
+        options: EvaluationOptions | None = None,
+        report: Report | None = None,
+    ) -> None:
+        self.backbone = backbone
+        self.vocabulary = vocabulary
+        self.output = Path(output)
+        self.store = store
+        self.options = options or EvaluationOptions()
+        self.units = make_units(tasks, self.options)
+        self.infos = {info.id: info for info in store} if store is not None else {}
+        if clash := sorted(self.infos.keys() & set(WITH)):
+            raise ElmError(
+                f"the store holds an expert called {clash[0]!r}, which is the name of a strategy; "
+                "train it under another name"
+            )
+        self.identity = {"name": backbone.name, "fingerprint": backbone.fingerprint}
+        self._report = report
+        self._scores: dict[tuple[str, str], results.Score] = {}
+        self._write_summaries()
+
+    def run(self, with_: str, library: Any = None, embedder: Any = None) -> results.Strategy | None:
+        """Scores what a strategy needs, and stores the strategy.
+
+        Args:
+          with_: 'none', 'all' (every expert on every task; no strategy by itself), 'oracle',
+            'retrieved', 'random', or the id of an expert.
+          library: an expert library, for 'retrieved'.
+          embedder: the library's embedder, for 'retrieved'.
+
+        Returns:
+          The strategy, or None for 'all'.
+
+        Raises:
+          ElmError: for an unknown strategy or expert, with the nearest name.
+        """
+        if with_ not in WITH and with_ not in self.infos:
+            names = [*WITH, *self.infos]
+            raise ElmError(
+                f"--with {with_!r} is neither a strategy nor an expert{nearest(with_, names)}"
+            )
+        if with_ not in ("none", *self.infos) and not self.candidates():
+            raise ElmError(f"--with {with_} needs a store with experts of single tasks")
+        if with_ == "all":
+            wanted = ["none", *self.infos]
+            self.score({unit.name: wanted for unit in self.units})
+            return None
+        if with_ == "retrieved":
+            return self._retrieved(library, embedder)
+        if with_ == "oracle":
+            pool = self.candidates()
+            self.score({unit.name: pool for unit in self.units})
+            best = {}
+            for unit in self.units:
+                scores = [self._scores[unit.name, expert].score for expert in pool]
+                best[unit.name] = pool[int(np.argmax(scores))]  # the first of equals
+            return self._finish("oracle", best)
+        if with_ == "random":
+            rng = np.random.default_rng(self.options.seed)
+            pool = self.candidates()
+            return self._finish(
+                "random", {u.name: pool[rng.integers(len(pool))] for u in self.units}
+            )
+        name = "multitask" if with_ in self.infos and self.infos[with_].multitask else with_
+        return self._finish(name, {unit.name: with_ for unit in self.units})
+
+    def candidates(self) -> list[str]:
+        """Returns the ids a task may be given: experts of single tasks, not merged ones."""
+        return [i.id for i in self.infos.values() if not i.multitask and i.merged_from is None]
+
+    def score(self, wanted: Mapping[str, Sequence[str]]) -> None:
+        """Makes sure that each unit has a stored score for each expert named."""
+        todo: dict[str, list[str]] = {}
+        for unit in self.units:
+            for expert in dict.fromkeys(wanted.get(unit.name, ())):
+                if (unit.name, expert) in self._scores:
+                    continue
+                settings = self._settings(unit, expert)
+                if results.has_score(
+                    self.output, unit.name, expert, settings=settings, backbone=self.identity
+                ):
+                    found = results.read_score(self.output, unit.name, expert)
+                    self._scores[unit.name, expert] = found
+                else:
+                    todo.setdefault(expert, []).append(unit.name)
+        total = sum(map(len, todo.values()))
+        done = 0
+        for spec, ids in self._stacks(todo):
+            experts = [self._load(name) for name in ids] if spec is not None else []
+            for unit in self.units:
+                # A stack is scored on every unit that any of its experts needs.
+                names = [name for name in ids if unit.name in todo[name]]
+                if not names:
+                    continue
+                started = time.perf_counter()
+                values, _ = score_examples(
+                    unit,
+                    self.vocabulary,
+                    self.options,
+                    self.backbone.config,
+                    self.backbone.params,
+                    spec,
+                    experts,
+                )
+                seconds = (time.perf_counter() - started) / len(ids)
+                for name, row in zip(ids, values, strict=True):
+                    if name in names:
+                        self._store(unit, name, row, seconds)
+                done += len(names)
+                if self._report is not None:
+                    self._report(done, total, unit.name)
+
+    def _stacks(
+        self, todo: Mapping[str, Sequence[str]]
+    ) -> Iterator[tuple[ExpertSpec | None, list[str]]]:
+        by_spec: dict[ExpertSpec | None, list[str]] = {}
+        for name in todo:
+            by_spec.setdefault(None if name == "none" else self.infos[name].spec, []).append(name)
+        for spec, ids in by_spec.items():
+            width = 1 if spec is None or spec.kind == "full" else self.options.experts_per_batch
+            for start in range(0, len(ids), width):
+                yield spec, ids[start : start + width]
+
+    def _load(self, name: str) -> Tree:
+        assert self.store is not None  # an expert's id is known only from a store
+        return self.store.load(name, backbone=self.identity)[1]
+
+    def _settings(self, unit: Unit, expert: str) -> dict[str, Any]:
+        checksum = None if expert == "none" else self.infos[expert].checksum
+        facts = {"examples": unit.fingerprint, "expert_checksum": checksum}
+        return {**self.options.settings(), **facts}
+
+    def _metric(self, unit: Unit) -> str:
+        return "accuracy" if unit.ranked else self.options.generation_metric
+
+    def _store(self, unit: Unit, expert: str, values: np.ndarray, seconds: float) -> None:
+        prompts: dict[str, list[float]] = {}
+        for example, value in zip(unit.examples, values.tolist(), strict=True):
+            prompts.setdefault(example.prompt, []).append(value)
+        ranked = "rank_mean" if self.options.mean_log_prob else "rank"
+        score = results.Score(
+            task=unit.name,
+            expert=expert,
+            metric=self._metric(unit),
+            score=float(np.mean(values)),
+            examples=len(values),
+            scoring=ranked if unit.ranked else "generate",
+            per_prompt={
+                prompt: {"score": float(np.mean(row)), "examples": len(row)}
+                for prompt, row in sorted(prompts.items())
+            },
+            settings=self._settings(unit, expert),
+            backbone=self.identity,
+            seconds=round(seconds, 3),
+        )
+        results.write_score(self.output, score)
+        self._scores[unit.name, expert] = score
+
+    def _retrieved(self, library: Any, embedder: Any) -> results.Strategy:
+        from elm_jax.retrieval import format_instance
+
+        if library is None or embedder is None:
+            raise ElmError("--with retrieved needs an expert library")
+        unknown = [entry.id for entry in library.entries if entry.id not in self.infos]
+        if unknown:
+            raise ElmError(
+                f"the library names expert {unknown[0]!r}, which the store does not hold"
+                f"{nearest(unknown[0], self.infos)}"
+            )
+        found = {}
+        for unit in self.units:
+            texts = [format_instance(e.inputs, e.answer_choices) for e in unit.examples]
+            found[unit.name] = library.retrieve(
+                texts, embedder, queries=self.options.queries, seed=self.options.seed
+            )
+        return self._finish("retrieved", {n: r.expert for n, r in found.items()}, found)
+
+    def _finish(
+        self, name: str, chosen: Mapping[str, str], retrievals: Mapping[str, Any] | None = None
+    ) -> results.Strategy:
+        self.score({unit: [expert] for unit, expert in chosen.items()})
+        choices = []
+        for unit in self.units:
+            score = self._scores[unit.name, chosen[unit.name]]
+            vote = (retrievals or {}).get(unit.name)
+            choices.append(
+                results.Choice(
+                    task=unit.name,
+                    expert=score.expert,
+                    score=score.score,
+                    metric=score.metric,
+                    votes=None if vote is None else vote.votes,
+                    similarity=None if vote is None else vote.similarity,
+                    queries=None if vote is None else vote.queries,
+                )
+            )
+        strategy = results.Strategy(name, self.identity, self.options.seed, tuple(choices))
+        results.write_strategy(self.output, strategy)
+        return strategy
+
+    def _write_summaries(self) -> None:
+        """Writes what the report needs to know of experts and tasks; earlier tasks stay."""
+        for info in self.infos.values():
+            check_backbone(info, self.identity)
+        results.write_experts(self.output, [summarize_expert(i) for i in self.infos.values()])
+        trained = {task for info in self.infos.values() for task in info.tasks}
+        tasks = {t.name: t for t in self._earlier_tasks()}
+        tasks.update({u.name: summarize_unit(u, self._metric(u), trained) for u in self.units})
+        results.write_tasks(self.output, list(tasks.values()))
+
+    def _earlier_tasks(self) -> Sequence[results.TaskSummary]:
+        try:
+            return results.read_tasks(self.output)
+        except FileNotFoundError:
+            return ()
+
+
+def summarize_expert(info: ExpertInfo) -> results.ExpertSummary:
+    """Returns what a report shows of an expert."""
+    return results.ExpertSummary(
+        id=info.id,
+        kind=info.kind,
+        tasks=info.tasks,
+        prompts=info.prompts,
+        parameters=info.parameters,
+        multitask=info.multitask,
+        merged=info.merged_from is not None,
+        history=tuple(info.history),
+        training=info.settings,
+    )
+
+
+def summarize_unit(unit: Unit, metric: str, trained: set[str]) -> results.TaskSummary:
+    """Returns what a report shows of a task: its size, chance and the commonest answer's score."""
+    chance = majority = None
+    choices = None
+    if unit.ranked:
+        counts = Counter(len(example.answer_choices or ()) for example in unit.examples)
+        choices = counts.most_common(1)[0][0]
+        chance = float(np.mean([1 / len(e.answer_choices or ()) for e in unit.examples]))
+        # Prompts of a task word their labels differently, so each has a commonest answer.
+        answers: dict[str, Counter[str]] = {}
+        for example in unit.examples:
+            answers.setdefault(example.prompt, Counter())[example.targets[0].strip()] += 1
+        commonest = sum(counter.most_common(1)[0][1] for counter in answers.values())
+        majority = commonest / len(unit.examples)
+    return results.TaskSummary(
+        name=unit.name,
+        examples=len(unit.examples),
+        metric=metric,
+        choices=choices,
+        group="seen" if unit.task in trained else "unseen",
+        chance=chance,
+        majority=majority,
+    )

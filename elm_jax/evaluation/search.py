@@ -1,0 +1,78 @@
+"""Searching the weights of a merge on held-out examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from elm_jax.checkpoints.backbone import Backbone, load_backbone
+from elm_jax.data.examples import find_tasks
+from elm_jax.errors import ElmError
+from elm_jax.evaluation.evaluate import EvaluationOptions, make_units, score_examples
+from elm_jax.experts import ExpertStore, WeightSearch, merge_trees, search_weights
+from elm_jax.training.experts import backbone_vocabulary
+
+
+def search_on_tasks(
+    store: ExpertStore,
+    ids: Sequence[str],
+    backbone: Backbone | str,
+    tasks: Sequence[str],
+    *,
+    split: str | None = None,
+    max_examples: int | None = 64,
+    answer_choices: str = "given",
+    report: Callable[[int, float], None] | None = None,
+) -> WeightSearch:
+    """Searches lambdas by the mean score over tasks (Jang et al. 2023, section on merging).
+
+    Args:
+      store: holds the experts.
+      ids: the experts, of one spec.
+      backbone: what they run on.
+      tasks: patterns of tasks.
+      split: which examples; 'validation', or 'train' where a task has none, by default. The test
+        split is not taken unless it is named.
+      max_examples: examples per task.
+      answer_choices: as in `EvaluationOptions`.
+      report: called with the number of weights tried and the best score.
+
+    Raises:
+      ElmError: if the experts do not fit together, or a task has no such split.
+    """
+    backbone = load_backbone(backbone) if isinstance(backbone, str) else backbone
+    vocabulary = backbone_vocabulary(backbone)
+    identity = {"name": backbone.name, "fingerprint": backbone.fingerprint}
+    loaded = [store.load(name, backbone=identity) for name in ids]
+    spec = loaded[0][0].spec
+    for info, _ in loaded:
+        if info.spec != spec:
+            raise ElmError(f"experts {ids[0]!r} and {info.id!r} cannot be merged: specs differ")
+    options = EvaluationOptions(answer_choices=answer_choices, max_examples=max_examples)
+    units = []
+    for task in find_tasks(tasks):
+        held_out = split or ("validation" if "validation" in task.splits else "train")
+        units += make_units(
+            [task],
+            EvaluationOptions(
+                split=held_out, answer_choices=answer_choices, max_examples=max_examples
+            ),
+        )
+    trees = [params for _, params in loaded]
+    best: list[float] = []
+
+    def score(weights: tuple[float, ...]) -> float:
+        merged = merge_trees(trees, weights)
+        means = [
+            score_examples(
+                unit, vocabulary, options, backbone.config, backbone.params, spec, [merged]
+            )[0].mean()
+            for unit in units
+        ]
+        best.append(float(np.mean(means)))
+        if report is not None:
+            report(len(best), max(best))
+        return best[-1]
+
+    return search_weights(score, len(ids))

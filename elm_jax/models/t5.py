@@ -1,0 +1,334 @@
+"""T5 as a Flax linen module with t5x's parameter names and an `expert` collection.
+
+    model = T5(config, get_spec('adapter'))
+    model.apply({'params': backbone, 'expert': expert}, encoder_input_tokens, decoder_input_tokens)
+
+Backbone tree (t5x's): token_embedder/embedding, encoder/relpos_bias/rel_embedding,
+encoder/layers_0/{pre_attention_layer_norm,attention,pre_mlp_layer_norm,mlp}, encoder/encoder_norm,
+decoder/relpos_bias/rel_embedding, decoder/layers_0/{pre_self_attention_layer_norm,self_attention,
+pre_cross_attention_layer_norm,encoder_decoder_attention,pre_mlp_layer_norm,mlp},
+decoder/decoder_norm, decoder/logits_dense.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from elm_jax.models import layers
+from elm_jax.models.config import T5Config
+from elm_jax.models.layers import MASK_VALUE, Array
+from elm_jax.models.specs import AdapterSpec, ExpertSpec
+
+
+def _padding_mask(tokens: Array) -> Array:
+    """Returns [B, 1, 1, T]: 0 where a token stands, MASK_VALUE on padding (id 0)."""
+    return jnp.where(tokens > 0, 0.0, MASK_VALUE)[:, None, None, :]
+
+
+def _segment_mask(query_segments: Array, key_segments: Array) -> Array:
+    """Returns [B, 1, U, T]: 0 within a packed example, MASK_VALUE across examples."""
+    same = query_segments[:, :, None] == key_segments[:, None, :]
+    return jnp.where(same, 0.0, MASK_VALUE)[:, None]
+
+
+class _Block(nn.Module):
+    """What encoder and decoder layers share: norms, dropout, adapters."""
+
+    config: T5Config
+    spec: ExpertSpec | None
+
+    def norm(self, name: str) -> layers.LayerNorm:
+        trained = isinstance(self.spec, AdapterSpec) and self.spec.train_layer_norms
+        return layers.LayerNorm(
+            self.config.layer_norm_epsilon, self.config.compute_dtype, trained, name=name
+        )
+
+    def drop(self, x: Array, deterministic: bool, name: str) -> Array:
+        cfg = self.config
+        return layers.dropout(x, cfg.dropout_rate, cfg.dropout_broadcast, deterministic, name)
+
+    def adapt(self, sublayer: str, x: Array, y: Array) -> Array:
+        """Adds the adapter of a sublayer with input x and output y, where the spec has one."""
+        spec = layers.adapter_of(self.spec, sublayer)
+        if spec is None:
+            return y
+        adapter = layers.Adapter(spec, self.config.compute_dtype, name=f"{sublayer}_adapter")
+        return y + adapter(x) if spec.placement == "parallel" else adapter(y)
+
+    def feed_forward(self, x: Array, block: str, deterministic: bool) -> Array:
+        h = self.norm("pre_mlp_layer_norm")(x)
+        y = layers.Mlp(self.config, layers.lora_of(self.spec, block), name="mlp")(h, deterministic)
+        return x + self.drop(self.adapt("mlp", h, y), deterministic, "mlp_dropout")
+
+
+class EncoderLayer(_Block):
+    """Self-attention and feed-forward, each with a residual."""
+
+    @nn.compact
+    def __call__(self, x: Array, bias: Array, mask: Array, deterministic: bool) -> Array:
+        h = self.norm("pre_attention_layer_norm")(x)
+        lora = layers.lora_of(self.spec, "encoder")
+        y = layers.Attention(self.config, lora, name="attention")(h, h, bias, mask, deterministic)
+        y = self.adapt("self_attention", h, y)
+        x = x + self.drop(y, deterministic, "attention_dropout")
+        return self.feed_forward(x, "encoder", deterministic)
+
+
+class DecoderLayer(_Block):
+    """Self-attention, attention to the encoder and feed-forward, each with a residual."""
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        encoded: Array | None,
+        bias: Array,
+        mask: Array | None,
+        cross_mask: Array,
+        deterministic: bool,
+        step: tuple[Array, int] | None = None,
+        tree: bool = False,
+    ) -> Array:
+        """Runs the layer over U tokens, or (with `step`: position, capacity) over one cached token.
+
+        `tree` says that the tokens are few beside the encoder's; see `Attention.read`.
+        """
+        h = self.norm("pre_self_attention_layer_norm")(x)
+        attention = layers.Attention(
+            self.config, layers.lora_of(self.spec, "decoder"), name="self_attention"
+        )
+        if step is None:
+            y = attention(h, h, bias, mask, deterministic)
+        else:
+            y = attention.decode_self(h, *step, bias)
+        y = self.adapt("self_attention", h, y)
+        x = x + self.drop(y, deterministic, "self_attention_dropout")
+
+        h = self.norm("pre_cross_attention_layer_norm")(x)
+        attention = layers.Attention(
+            self.config, layers.lora_of(self.spec, "cross"), name="encoder_decoder_attention"
+        )
+        if tree:
+            assert encoded is not None
+            y = attention.read(h, encoded, cross_mask)
+        elif step is None:
+            assert encoded is not None  # only a cached step may go without
+            y = attention(h, encoded, None, cross_mask, deterministic)
+        else:
+            y = attention.decode_cross(h, encoded, cross_mask)
+        x = x + self.drop(y, deterministic, "cross_attention_dropout")
+        return self.feed_forward(x, "decoder", deterministic)
+
+
+class Encoder(_Block):
+    """Token embeddings [B, T, D] to hidden states [B, T, D]."""
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array, deterministic: bool) -> Array:
+        cfg = self.config
+        positions = jnp.arange(x.shape[1])
+        bias = layers.RelativePositionBias(cfg, bidirectional=True, name="relpos_bias")(
+            positions, positions
+        )
+        x = self.drop(x, deterministic, "input_dropout")
+        for i in range(cfg.num_encoder_layers):
+            x = EncoderLayer(cfg, self.spec, name=f"layers_{i}")(x, bias, mask, deterministic)
+        return self.drop(self.norm("encoder_norm")(x), deterministic, "output_dropout")
+
+
+class Decoder(_Block):
+    """Target tokens int32 [B, U] to hidden states [B, U, D], attending to the encoder's states."""
+
+    embedder: layers.Embed
+
+    def setup(self) -> None:
+        cfg = self.config
+        if not cfg.logits_via_embedding:
+            self.logits_dense = layers.Dense(cfg.vocab_size, ("embed", "vocab"), cfg.compute_dtype)
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Array,
+        encoded: Array | None,
+        segment_mask: Array | None,
+        cross_mask: Array,
+        deterministic: bool,
+        step: tuple[Array, int] | None = None,
+        tree: tuple[Array, Array] | None = None,
+    ) -> Array:
+        """Runs over a sequence, over one cached token (`step`: position, capacity), or over a tree
+        of tokens (`tree`: depths int32 [B, U], visible bool [B, U, U])."""
+        cfg = self.config
+        mask: Array | None = None
+        if tree is not None:
+            queries = keys = tree[0]
+            mask = jnp.where(tree[1], 0.0, MASK_VALUE)[:, None]
+        elif step is None:
+            queries = keys = jnp.arange(tokens.shape[1])
+            mask = jnp.where(keys[None, :] <= queries[:, None], 0.0, MASK_VALUE)
+            if segment_mask is not None:
+                mask = jnp.minimum(mask, segment_mask)
+        else:
+            queries, keys = step[0][None], jnp.arange(step[1])
+        bias = layers.RelativePositionBias(cfg, bidirectional=False, name="relpos_bias")(
+            queries, keys
+        )
+        x = self.drop(self.embedder(tokens), deterministic, "input_dropout")
+        for i in range(cfg.num_decoder_layers):
+            x = DecoderLayer(cfg, self.spec, name=f"layers_{i}")(
+                x, encoded, bias, mask, cross_mask, deterministic, step, tree is not None
+            )
+        return self.drop(self.norm("decoder_norm")(x), deterministic, "output_dropout")
+
+    def logits(self, x: Array) -> Array:
+        """Scores hidden states [..., D] against each token: float32 [..., V]."""
+        cfg = self.config
+        if cfg.logits_via_embedding:
+            return self.embedder.attend(x * cfg.emb_dim**-0.5)
+        return self.logits_dense(x).astype(jnp.float32)
+
+
+class T5(nn.Module):
+    """The encoder-decoder of Raffel et al. (2020), specialised by an expert.
+
+    Initialise with random streams `params` and (with an adapter or LoRA) `expert`; train with
+    `dropout`.
+
+    Attributes:
+      config: sizes and variants.
+      spec: the expert's parts inside the model; None and `FullSpec` have none.
+    """
+
+    config: T5Config
+    spec: ExpertSpec | None = None
+
+    def setup(self) -> None:
+        cfg = self.config
+        self.token_embedder = layers.Embed(cfg.vocab_size, cfg.emb_dim, cfg.compute_dtype)
+        self.encoder = Encoder(cfg, self.spec)
+        self.decoder = Decoder(cfg, self.spec, self.token_embedder)
+
+    def encode(
+        self,
+        encoder_input_tokens: Array,
+        *,
+        encoder_segment_ids: Array | None = None,
+        deterministic: bool = True,
+    ) -> Array:
+        """Encodes tokens int32 [B, T] (0 is padding) to hidden states [B, T, D]."""
+        mask = _padding_mask(encoder_input_tokens)
+        if encoder_segment_ids is not None:
+            mask = jnp.minimum(mask, _segment_mask(encoder_segment_ids, encoder_segment_ids))
+        return self.encoder(self.token_embedder(encoder_input_tokens), mask, deterministic)
+
+    def decode(
+        self,
+        encoded: Array,
+        encoder_input_tokens: Array,
+        decoder_input_tokens: Array,
+        *,
+        encoder_segment_ids: Array | None = None,
+        decoder_segment_ids: Array | None = None,
+        deterministic: bool = True,
+    ) -> Array:
+        """Scores the next token at each target position.
+
+        Args:
+          encoded: [B, T, D], from `encode`.
+          encoder_input_tokens: int32 [B, T], for the padding mask.
+          decoder_input_tokens: int32 [B, U], the targets shifted right by one.
+          encoder_segment_ids: int32 [B, T], for packed examples.
+          decoder_segment_ids: int32 [B, U], for packed examples.
+          deterministic: whether dropout is off.
+
+        Returns:
+          Logits, float32 [B, U, V].
+        """
+        cross_mask = _padding_mask(encoder_input_tokens)
+        segment_mask = None
+        if encoder_segment_ids is not None and decoder_segment_ids is not None:
+            segment_mask = _segment_mask(decoder_segment_ids, decoder_segment_ids)
+            cross_mask = jnp.minimum(
+                cross_mask, _segment_mask(decoder_segment_ids, encoder_segment_ids)
+            )
+        return self.logits(
+            self.decoder(decoder_input_tokens, encoded, segment_mask, cross_mask, deterministic)
+        )
+
+    def decode_tree(
+        self,
+        encoded: Array,
+        encoder_input_tokens: Array,
+        nodes: Array,
+        depths: Array,
+        visible: Array,
+    ) -> Array:
+        """Decodes several continuations of one input at once, each shared beginning a single time.
+
+        Args:
+          encoded: [B, T, D], from `encode`.
+          encoder_input_tokens: int32 [B, T], for the padding mask.
+          nodes: int32 [B, U], the tokens of a prefix tree in any order.
+          depths: int32 [B, U], each node's position in its sequence, from 0 at the root.
+          visible: bool [B, U, U], whether the second node is the first one or above it.
+
+        Returns:
+          Hidden states [B, U, D], for `logits`.
+        """
+        cross_mask = _padding_mask(encoder_input_tokens)
+        return self.decoder(nodes, encoded, None, cross_mask, True, tree=(depths, visible))
+
+    def logits(self, hidden: Array) -> Array:
+        """Scores each token after decoder states [..., D]: float32 [..., V]."""
+        return self.decoder.logits(hidden)
+
+    def decode_step(
+        self,
+        tokens: Array,
+        position: Array,
+        encoder_input_tokens: Array,
+        *,
+        length: int,
+        encoded: Array | None = None,
+    ) -> Array:
+        """Scores the token after `tokens` with a KV cache (the mutable collection `cache`).
+
+        Args:
+          tokens: int32 [B, 1], the token at `position`; 0 at the start.
+          position: int32 scalar, counted from 0.
+          encoder_input_tokens: int32 [B, T], for the padding mask.
+          length: capacity of the cache, at least the number of steps.
+          encoded: [B, T, D]; needed in the first step, which caches its keys and values.
+
+        Returns:
+          Logits, float32 [B, 1, V].
+        """
+        cross_mask = _padding_mask(encoder_input_tokens)
+        step = (jnp.asarray(position, jnp.int32), length)
+        return self.logits(self.decoder(tokens, encoded, None, cross_mask, True, step))
+
+    def __call__(
+        self,
+        encoder_input_tokens: Array,
+        decoder_input_tokens: Array,
+        *,
+        encoder_segment_ids: Array | None = None,
+        decoder_segment_ids: Array | None = None,
+        deterministic: bool = True,
+    ) -> Array:
+        """Encodes, then decodes under teacher forcing; see `encode` and `decode`."""
+        encoded = self.encode(
+            encoder_input_tokens,
+            encoder_segment_ids=encoder_segment_ids,
+            deterministic=deterministic,
+        )
+        return self.decode(
+            encoded,
+            encoder_input_tokens,
+            decoder_input_tokens,
+            encoder_segment_ids=encoder_segment_ids,
+            decoder_segment_ids=decoder_segment_ids,
+            deterministic=deterministic,
+        )

