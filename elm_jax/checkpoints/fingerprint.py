@@ -12,6 +12,8 @@ import numpy as np
 
 from elm_jax.experts.tree import Tree, flatten
 from elm_jax.models import T5Config
+from elm_jax.models.config import RUN_FIELDS
+from elm_jax.models.scan import to_storage
 
 LARGE = 2**20
 """Arrays with more elements than this are fingerprinted by a sample."""
@@ -19,15 +21,14 @@ SAMPLE = 2**16
 """About how many elements such a sample has."""
 BLOCK = 4096
 """How many elements at each end of such an array are hashed besides the sample."""
-# How a backbone is run, not what it is.
-_RUN_FIELDS = ("dtype", "dropout_rate", "dropout_broadcast")
 
 
 def fingerprint(config: T5Config, params: Tree) -> str:
     """Names a backbone by its architecture and weights, in seconds even at 11B parameters.
 
-    Covers the config without `dtype` and dropout, and each array's path, shape and values as
-    float32, so that numpy or jax, bfloat16 or the same values in float32, give one fingerprint.
+    Covers the config without the fields that say how it is run (`RUN_FIELDS`), and each array's
+    path, shape and values as float32, so that numpy or jax, bfloat16 or the same values in
+    float32, scanned layers or not, give one fingerprint.
     Arrays of up to 2**20 elements count in full. Of larger ones only their ends (4,096 elements
     each) and a regular sample of about 2**16 elements count, which tells any two trainings apart
     but not every edit of one element; `experts.checksum` covers every byte.
@@ -43,10 +44,10 @@ def fingerprint(config: T5Config, params: Tree) -> str:
     fields = {
         field.name: value
         for field in dataclasses.fields(config)
-        if field.name not in _RUN_FIELDS and (value := getattr(config, field.name)) != field.default
+        if field.name not in RUN_FIELDS and (value := getattr(config, field.name)) != field.default
     }
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
-    for path, array in flatten(params).items():
+    for path, array in flatten(to_storage(params, config)).items():
         digest.update(f"\n{path} {list(array.shape)}\n".encode())
         for part in _sample(array):
             digest.update(np.ascontiguousarray(part, dtype="<f4").data)

@@ -13,6 +13,21 @@ from elm_jax.errors import ElmError, nearest
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "linear")
 """Names accepted in `mlp_activations`; `gelu` is exact, `gelu_tanh` is T5 1.1's approximation."""
+DTYPES = ("float32", "bfloat16")
+REMAT_POLICIES = ("none", "minimal", "full")
+"""t5x's names: keep all activations of a block, the results of its projections, or none."""
+ATTENTIONS = ("auto", "plain", "fused", "memory_efficient")
+"""How attention is computed; see `elm_jax.models.attention`."""
+RUN_FIELDS = (
+    "dtype",
+    "dropout_rate",
+    "dropout_broadcast",
+    "scan_layers",
+    "remat",
+    "attention",
+    "attention_chunk",
+)
+"""Fields which say how a backbone is run, not what it is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +52,18 @@ class T5Config:
       dropout_broadcast: share one dropout mask along the length, as Mesh-TensorFlow and t5x do.
       relative_attention_num_buckets: buckets of the relative position bias.
       relative_attention_max_distance: distance from which all positions share the last bucket.
+      relative_attention_per_layer: every layer has a position bias of its own, as in umT5 and in
+        all of t5x's `scalable_t5`; by default the layers of a stack share one.
       layer_norm_epsilon: added to the mean square in the layer norm.
       dtype: dtype of the computation, 'float32' or 'bfloat16'; layer norms' statistics, softmax
         and logits are always float32.
+      scan_layers: compile one encoder and one decoder block and loop over stacked parameters, so
+        that compilation takes as long for 24 layers as for one; see `elm_jax.models.scan`.
+      remat: what of each block is computed again in the backward pass, to save memory: 'none',
+        'minimal' (all but the results of projections) or 'full'.
+      attention: 'auto', 'plain', 'fused' or 'memory_efficient'; all give equal results. See
+        `elm_jax.models.attention`.
+      attention_chunk: queries at a time in memory-efficient attention.
     """
 
     vocab_size: int
@@ -55,15 +79,27 @@ class T5Config:
     dropout_broadcast: bool = True
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
+    relative_attention_per_layer: bool = False
     layer_norm_epsilon: float = 1e-6
     dtype: str = "float32"
+    scan_layers: bool = False
+    remat: str = "none"
+    attention: str = "auto"
+    attention_chunk: int = 128
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type == "int" and (not isinstance(value, (int, np.integer)) or value < 1):
-                raise ElmError(f"T5Config.{field.name} must be a positive integer, got {value!r}")
+            if isinstance(value, np.generic):  # as configs of other libraries hold; JSON has none
+                value = value.item()
+                object.__setattr__(self, field.name, value)
+            where = f"T5Config.{field.name}"
+            integral = isinstance(value, int) and not isinstance(value, bool)
+            if field.type == "int" and (not integral or value < 1):
+                raise ElmError(f"{where} must be a positive integer, got {value!r}")
+            if field.type == "bool" and not isinstance(value, bool):
+                raise ElmError(f"{where} must be True or False, got {value!r}")
         if not self.mlp_activations:
             raise ElmError("T5Config.mlp_activations must name at least one activation")
         for name in self.mlp_activations:
@@ -74,11 +110,17 @@ class T5Config:
                 )
         if not 0.0 <= self.dropout_rate < 1.0:
             raise ElmError(f"T5Config.dropout_rate must be in [0, 1), got {self.dropout_rate!r}")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ElmError(
-                f"T5Config.dtype must be 'float32' or 'bfloat16', got {self.dtype!r}"
-                f"{nearest(str(self.dtype), ('float32', 'bfloat16'))}"
-            )
+        for name, accepted in (
+            ("dtype", DTYPES),
+            ("remat", REMAT_POLICIES),
+            ("attention", ATTENTIONS),
+        ):
+            value = getattr(self, name)
+            if value not in accepted:
+                raise ElmError(
+                    f"T5Config.{name} must be one of {', '.join(accepted)}, got {value!r}"
+                    f"{nearest(str(value), accepted)}"
+                )
 
     @property
     def compute_dtype(self) -> Any:

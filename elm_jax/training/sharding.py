@@ -25,6 +25,7 @@ RULES: LogicalRules = (
     ("joined_kv", ("tensor",)),
     ("heads", ()),
     ("relpos_buckets", ()),
+    ("layers", ()),
     ("adapter", ()),
     ("rank", ()),
 )
