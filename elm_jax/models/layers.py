@@ -7,6 +7,7 @@ Shapes: B batch, T keys, U queries, D model, F mlp, N heads, K head dim, E adapt
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen import partitioning
 
+from elm_jax.models.attention import attend
 from elm_jax.models.config import T5Config
 from elm_jax.models.specs import AdapterSpec, ExpertSpec, LoraSpec
 
@@ -61,7 +63,8 @@ def dropout(x: Array, rate: float, broadcast: bool, deterministic: bool, name: s
 class Dense(nn.Module):
     """x @ kernel without bias, plus a low-rank update where `lora` is given.
 
-    params: kernel [in, out]; expert: lora_a [in, R], lora_b [R, out].
+    params: kernel [in, out]; expert: lora_a [in, R], lora_b [R, out]. Inputs are cast to `dtype`;
+    the product is of that dtype, too, unless `out_dtype` keeps more of its sums.
     """
 
     features: int
@@ -69,6 +72,7 @@ class Dense(nn.Module):
     dtype: Any
     lora: LoraSpec | None = None
     kernel_init: Callable[..., Array] = _kernel_init
+    out_dtype: Any = None
 
     @nn.compact
     def __call__(self, x: Array, deterministic: bool = True) -> Array:
@@ -77,7 +81,7 @@ class Dense(nn.Module):
             "kernel", self.kernel_init, shape, jnp.float32, axes=self.kernel_axes
         )
         x = x.astype(self.dtype)
-        y = x @ kernel.astype(self.dtype)
+        y = jnp.matmul(x, kernel.astype(self.dtype), preferred_element_type=self.out_dtype)
         if self.lora is not None:
             spec = self.lora
             fan_in, fan_out = self.kernel_axes
@@ -279,8 +283,10 @@ class Attention(nn.Module):
         self.key = projection("k", joined, ("embed", "joined_kv"))
         self.value = projection("v", joined, ("embed", "joined_kv"))
         self.out = projection("o", cfg.emb_dim, ("joined_kv", "embed"))
+        # A mask shared along the queries drops whole keys: dropping their values [B, N, T, K] is
+        # the same, costs less, and leaves the weights to any kernel.
         self.attention_dropout = nn.Dropout(
-            cfg.dropout_rate, broadcast_dims=(-2,) if cfg.dropout_broadcast else ()
+            cfg.dropout_rate, broadcast_dims=(-1,) if cfg.dropout_broadcast else ()
         )
 
     def _split(self, x: Array) -> Array:
@@ -314,15 +320,16 @@ class Attention(nn.Module):
         Returns:
           [B, U, D].
         """
+        cfg = self.config
         query = self._split(self.query(x, deterministic))
-        scores = jnp.einsum("bnqk,bntk->bnqt", query, keys, preferred_element_type=jnp.float32)
-        if bias is not None:
-            scores = scores + bias
-        if mask is not None:
-            scores = scores + mask
-        weights = jax.nn.softmax(scores, axis=-1).astype(self.config.compute_dtype)
-        weights = self.attention_dropout(weights, deterministic=deterministic)
-        mixed = jnp.einsum("bnqt,bntk->bnqk", weights, values).swapaxes(-2, -3)
+        drop = None
+        if not deterministic and cfg.dropout_rate > 0:
+            drop = functools.partial(self.attention_dropout, deterministic=False)
+            if cfg.dropout_broadcast:
+                values, drop = drop(values), None
+        mixed = attend(
+            cfg.attention, query, keys, values, bias, mask, chunk=cfg.attention_chunk, drop=drop
+        ).swapaxes(-2, -3)
         return self.out(mixed.reshape(*mixed.shape[:-2], -1), deterministic)
 
     def __call__(

@@ -3,6 +3,9 @@
     model = T5(config, get_spec('adapter'))
     model.apply({'params': backbone, 'expert': expert}, encoder_input_tokens, decoder_input_tokens)
 
+With `config.scan_layers` the layers of a stack are one loop over stacked arrays, named as in t5x's
+`scalable_t5`: encoder/encoder/mlp/wo/kernel [F, L, D]; `models.scan` converts.
+
 Backbone tree (t5x's): token_embedder/embedding, encoder/relpos_bias/rel_embedding,
 encoder/layers_0/{pre_attention_layer_norm,attention,pre_mlp_layer_norm,mlp}, encoder/encoder_norm,
 decoder/relpos_bias/rel_embedding, decoder/layers_0/{pre_self_attention_layer_norm,self_attention,
@@ -12,12 +15,18 @@ decoder/decoder_norm, decoder/logits_dense.
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+from flax.linen import partitioning
 
 from elm_jax.models import layers
 from elm_jax.models.config import T5Config
 from elm_jax.models.layers import MASK_VALUE, Array
+from elm_jax.models.scan import SCAN_AXIS
 from elm_jax.models.specs import AdapterSpec, ExpertSpec
 
 
@@ -32,8 +41,38 @@ def _segment_mask(query_segments: Array, key_segments: Array) -> Array:
     return jnp.where(same, 0.0, MASK_VALUE)[:, None]
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """What every layer of a stack is given alike.
+
+    Attributes:
+      queries: int32 [U] or [B, U], positions of the queries in self-attention.
+      keys: int32 [T] or [B, T], positions of its keys.
+      mask: float32, 0 or `MASK_VALUE`, broadcast to [B, N, U, T], or None.
+      bias: float32 [..., N, U, T], the position bias where the layers share one.
+      encoded: [B, T, D], the encoder's states (decoder), unless their keys are cached.
+      cross_mask: float32 [B, 1, 1 or U, T], for attention to the encoder (decoder).
+      position: int32 scalar, of the one token in a cached step.
+      capacity: tokens that the cache of such a step holds.
+      tree: whether the tokens are few beside the encoder's; see `Attention.read`.
+      deterministic: whether dropout is off.
+    """
+
+    queries: Array
+    keys: Array
+    mask: Array | None
+    bias: Array | None = None
+    encoded: Array | None = None
+    cross_mask: Array | None = None
+    position: Array | None = None
+    capacity: int | None = dataclasses.field(default=None, metadata={"static": True})
+    tree: bool = dataclasses.field(default=False, metadata={"static": True})
+    deterministic: bool = dataclasses.field(default=True, metadata={"static": True})
+
+
 class _Block(nn.Module):
-    """What encoder and decoder layers share: norms, dropout, adapters."""
+    """What encoder, decoder and their layers share: norms, dropout, adapters, position bias."""
 
     config: T5Config
     spec: ExpertSpec | None
@@ -56,6 +95,13 @@ class _Block(nn.Module):
         adapter = layers.Adapter(spec, self.config.compute_dtype, name=f"{sublayer}_adapter")
         return y + adapter(x) if spec.placement == "parallel" else adapter(y)
 
+    def position_bias(self, given: _Given, bidirectional: bool) -> Array:
+        """Returns the stack's position bias or, where each layer has its own, makes this one's."""
+        if given.bias is not None:
+            return given.bias
+        relpos_bias = layers.RelativePositionBias(self.config, bidirectional, name="relpos_bias")
+        return relpos_bias(given.queries, given.keys)
+
     def feed_forward(self, x: Array, block: str, deterministic: bool) -> Array:
         h = self.norm("pre_mlp_layer_norm")(x)
         y = layers.Mlp(self.config, layers.lora_of(self.spec, block), name="mlp")(h, deterministic)
@@ -63,45 +109,39 @@ class _Block(nn.Module):
 
 
 class EncoderLayer(_Block):
-    """Self-attention and feed-forward, each with a residual."""
+    """Self-attention and feed-forward, each with a residual; returns (x, None), as a scan wants."""
 
     @nn.compact
-    def __call__(self, x: Array, bias: Array, mask: Array, deterministic: bool) -> Array:
+    def __call__(self, x: Array, given: _Given) -> tuple[Array, None]:
+        bias, deterministic = self.position_bias(given, bidirectional=True), given.deterministic
         h = self.norm("pre_attention_layer_norm")(x)
         lora = layers.lora_of(self.spec, "encoder")
-        y = layers.Attention(self.config, lora, name="attention")(h, h, bias, mask, deterministic)
+        attention = layers.Attention(self.config, lora, name="attention")
+        y = attention(h, h, bias, given.mask, deterministic)
         y = self.adapt("self_attention", h, y)
         x = x + self.drop(y, deterministic, "attention_dropout")
-        return self.feed_forward(x, "encoder", deterministic)
+        return self.feed_forward(x, "encoder", deterministic), None
 
 
 class DecoderLayer(_Block):
-    """Self-attention, attention to the encoder and feed-forward, each with a residual."""
+    """Self-attention, attention to the encoder and feed-forward, each with a residual.
+
+    Runs over U tokens, or over one cached token where a position is given.
+    """
 
     @nn.compact
-    def __call__(
-        self,
-        x: Array,
-        encoded: Array | None,
-        bias: Array,
-        mask: Array | None,
-        cross_mask: Array,
-        deterministic: bool,
-        step: tuple[Array, int] | None = None,
-        tree: bool = False,
-    ) -> Array:
-        """Runs the layer over U tokens, or (with `step`: position, capacity) over one cached token.
-
-        `tree` says that the tokens are few beside the encoder's; see `Attention.read`.
-        """
+    def __call__(self, x: Array, given: _Given) -> tuple[Array, None]:
+        bias, deterministic = self.position_bias(given, bidirectional=False), given.deterministic
+        encoded, cross_mask = given.encoded, given.cross_mask
         h = self.norm("pre_self_attention_layer_norm")(x)
         attention = layers.Attention(
             self.config, layers.lora_of(self.spec, "decoder"), name="self_attention"
         )
-        if step is None:
-            y = attention(h, h, bias, mask, deterministic)
+        if given.position is None:
+            y = attention(h, h, bias, given.mask, deterministic)
         else:
-            y = attention.decode_self(h, *step, bias)
+            assert given.capacity is not None
+            y = attention.decode_self(h, given.position, given.capacity, bias)
         y = self.adapt("self_attention", h, y)
         x = x + self.drop(y, deterministic, "self_attention_dropout")
 
@@ -109,35 +149,65 @@ class DecoderLayer(_Block):
         attention = layers.Attention(
             self.config, layers.lora_of(self.spec, "cross"), name="encoder_decoder_attention"
         )
-        if tree:
-            assert encoded is not None
-            y = attention.read(h, encoded, cross_mask)
-        elif step is None:
-            assert encoded is not None  # only a cached step may go without
-            y = attention(h, encoded, None, cross_mask, deterministic)
-        else:
+        assert cross_mask is not None
+        if given.position is not None:
             y = attention.decode_cross(h, encoded, cross_mask)
+        else:
+            assert encoded is not None  # only a cached step may go without
+            if given.tree:
+                y = attention.read(h, encoded, cross_mask)
+            else:
+                y = attention(h, encoded, None, cross_mask, deterministic)
         x = x + self.drop(y, deterministic, "cross_attention_dropout")
-        return self.feed_forward(x, "decoder", deterministic)
+        return self.feed_forward(x, "decoder", deterministic), None
 
 
-class Encoder(_Block):
+_REMAT: dict[str, Any] = {
+    "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": None,
+}
+
+
+class _Stack(_Block):
+    """What encoder and decoder share: their layers, in a loop that is compiled or unrolled."""
+
+    def run_layers(self, layer: Any, name: str, count: int, x: Array, given: _Given) -> Array:
+        """Runs x through `count` layers of a class; `name` is that of the scanned ones."""
+        cfg = self.config
+        if not cfg.relative_attention_per_layer:
+            bias = self.position_bias(given, bidirectional=layer is EncoderLayer)
+            given = dataclasses.replace(given, bias=bias)
+        if cfg.remat != "none":
+            layer = nn.remat(layer, policy=_REMAT[cfg.remat], prevent_cse=not cfg.scan_layers)
+        if not cfg.scan_layers:
+            for i in range(count):
+                x, _ = layer(cfg, self.spec, name=f"layers_{i}")(x, given)
+            return x
+        scanned = partitioning.scan_with_axes(
+            layer,
+            variable_axes={"params": SCAN_AXIS, "expert": SCAN_AXIS, "cache": 0},
+            split_rngs={"params": True, "expert": True, "dropout": True},
+            in_axes=(nn.broadcast,),
+            length=count,
+            axis_name="layers",
+            axes_collections=("params", "expert"),
+        )
+        return scanned(cfg, self.spec, name=name)(x, given)[0]
+
+
+class Encoder(_Stack):
     """Token embeddings [B, T, D] to hidden states [B, T, D]."""
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, deterministic: bool) -> Array:
-        cfg = self.config
         positions = jnp.arange(x.shape[1])
-        bias = layers.RelativePositionBias(cfg, bidirectional=True, name="relpos_bias")(
-            positions, positions
-        )
+        given = _Given(positions, positions, mask, deterministic=deterministic)
         x = self.drop(x, deterministic, "input_dropout")
-        for i in range(cfg.num_encoder_layers):
-            x = EncoderLayer(cfg, self.spec, name=f"layers_{i}")(x, bias, mask, deterministic)
+        x = self.run_layers(EncoderLayer, "encoder", self.config.num_encoder_layers, x, given)
         return self.drop(self.norm("encoder_norm")(x), deterministic, "output_dropout")
 
 
-class Decoder(_Block):
+class Decoder(_Stack):
     """Target tokens int32 [B, U] to hidden states [B, U, D], attending to the encoder's states."""
 
     embedder: layers.Embed
@@ -145,7 +215,9 @@ class Decoder(_Block):
     def setup(self) -> None:
         cfg = self.config
         if not cfg.logits_via_embedding:
-            self.logits_dense = layers.Dense(cfg.vocab_size, ("embed", "vocab"), cfg.compute_dtype)
+            self.logits_dense = layers.Dense(
+                cfg.vocab_size, ("embed", "vocab"), cfg.compute_dtype, out_dtype=jnp.float32
+            )
 
     @nn.compact
     def __call__(
@@ -160,7 +232,6 @@ class Decoder(_Block):
     ) -> Array:
         """Runs over a sequence, over one cached token (`step`: position, capacity), or over a tree
         of tokens (`tree`: depths int32 [B, U], visible bool [B, U, U])."""
-        cfg = self.config
         mask: Array | None = None
         if tree is not None:
             queries = keys = tree[0]
@@ -172,14 +243,19 @@ class Decoder(_Block):
                 mask = jnp.minimum(mask, segment_mask)
         else:
             queries, keys = step[0][None], jnp.arange(step[1])
-        bias = layers.RelativePositionBias(cfg, bidirectional=False, name="relpos_bias")(
-            queries, keys
+        given = _Given(
+            queries,
+            keys,
+            mask,
+            encoded=encoded,
+            cross_mask=cross_mask,
+            position=None if step is None else step[0],
+            capacity=None if step is None else step[1],
+            tree=tree is not None,
+            deterministic=deterministic,
         )
         x = self.drop(self.embedder(tokens), deterministic, "input_dropout")
-        for i in range(cfg.num_decoder_layers):
-            x = DecoderLayer(cfg, self.spec, name=f"layers_{i}")(
-                x, encoded, bias, mask, cross_mask, deterministic, step, tree is not None
-            )
+        x = self.run_layers(DecoderLayer, "decoder", self.config.num_decoder_layers, x, given)
         return self.drop(self.norm("decoder_norm")(x), deterministic, "output_dropout")
 
     def logits(self, x: Array) -> Array:
@@ -187,7 +263,7 @@ class Decoder(_Block):
         cfg = self.config
         if cfg.logits_via_embedding:
             return self.embedder.attend(x * cfg.emb_dim**-0.5)
-        return self.logits_dense(x).astype(jnp.float32)
+        return self.logits_dense(x)
 
 
 class T5(nn.Module):
