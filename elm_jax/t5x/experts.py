@@ -1,0 +1,383 @@
+"""Experts in and out of t5x checkpoints; works without t5x.
+
+In t5x's tree the backbone keeps its names and the expert is one more key beside them:
+
+    target/encoder/layers_0/mlp/wi_0/kernel
+    target/expert/encoder/layers_0/mlp_adapter/down_kernel
+
+A run writes what its arrays do not say (a LoRA's alpha, an adapter's placement) to a small file,
+`expert.json`, in its folder, beside `checkpoint_<step>`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from elm_jax.errors import ElmError, nearest
+from elm_jax.experts.apply import check_expert
+from elm_jax.experts.tree import Tree, check_shapes, flatten, unflatten
+from elm_jax.models import (
+    AdapterSpec,
+    ExpertSpec,
+    FullSpec,
+    LoraSpec,
+    T5Config,
+    spec_from_json,
+    spec_to_json,
+)
+
+EXPERT = "expert"
+"""The key of the expert in t5x's `params`."""
+FORMAT = "elm_jax expert in t5x"
+FORMAT_VERSION = 1
+SIDE_FILE = "expert.json"
+# How a backbone is run, not what it is.
+RUN_FIELDS = ("dtype", "dropout_rate", "dropout_broadcast", "remat_policy", "remat")
+_TENSORSTORE = {"driver", "kvstore", "metadata"}
+
+
+def join(backbone: Mapping[str, Any], expert: Tree | None) -> dict[str, Any]:
+    """Returns t5x's single tree: the backbone's keys and, beside them, the expert.
+
+    >>> join({'encoder': 1}, {'decoder': 2})
+    {'encoder': 1, 'expert': {'decoder': 2}}
+    """
+    if EXPERT in backbone:
+        raise ElmError(f"a backbone with a parameter {EXPERT!r} cannot be joined with an expert")
+    return {**backbone} if expert is None else {**backbone, EXPERT: expert}
+
+
+def split(params: Mapping[str, Any]) -> tuple[dict[str, Any], Tree | None]:
+    """Undoes `join`.
+
+    >>> split({'encoder': 1, 'expert': {'decoder': 2}})
+    ({'encoder': 1}, {'decoder': 2})
+    """
+    return {k: v for k, v in params.items() if k != EXPERT}, params.get(EXPERT)
+
+
+def load_t5x_expert(
+    path: str | Path,
+    config: T5Config,
+    *,
+    spec: ExpertSpec | None = None,
+    backbone: Tree | None = None,
+) -> tuple[ExpertSpec, Tree]:
+    """Reads an expert that was trained under t5x.
+
+    Args:
+      path: a run's folder (its last checkpoint is taken), or one `checkpoint_<step>` in it, in
+        t5x's Orbax or legacy layout.
+      config: the backbone's.
+      spec: what the expert is made of, where the run left no `expert.json`.
+      backbone: needed only for a checkpoint of a plain t5x model, all of whose weights were tuned;
+        the expert is then its task vector, theta_d - theta_pre (Ilharco et al. 2022).
+
+    Returns:
+      The spec, and the arrays as numpy.
+
+    Raises:
+      FileNotFoundError: if there is no such folder, or no checkpoint in it.
+      ElmError: for damaged files, an expert of another backbone's size, or a spec that is not
+        known or does not fit the arrays.
+    """
+    folder = find_checkpoint(path)
+    facts = read_facts(folder)
+    shapes = checkpoint_shapes(folder)
+    if EXPERT not in shapes:
+        if backbone is None:
+            raise ElmError(
+                f"{folder} holds no {EXPERT!r} among {', '.join(sorted(shapes))}: it is a plain "
+                "T5X model; give its backbone to read the difference as a full expert"
+            )
+        if spec is not None and not isinstance(spec, FullSpec):
+            raise ElmError(f"{folder} holds a plain T5X model, not an expert of {spec}")
+        check_shapes(str(folder), shapes, backbone)
+        tuned, before = flatten(read_arrays(folder)), flatten(backbone)
+        delta = {k: np.asarray(v, np.float32) - np.asarray(before[k]) for k, v in tuned.items()}
+        return FullSpec(), unflatten(delta)
+    if facts is not None:
+        _check_config(facts, config, folder)
+        recorded = spec_from_json(dict(facts["spec"]))
+        if spec is not None and spec != recorded:
+            raise ElmError(f"{folder}: the run says {recorded}, not {spec}")
+        spec = recorded
+    if spec is None:
+        spec = _spec_of_arrays(shapes[EXPERT], folder)
+    check_expert(str(folder), config, spec, shapes[EXPERT])
+    return spec, read_arrays(folder, EXPERT)
+
+
+def save_t5x_expert(
+    spec: ExpertSpec,
+    expert: Tree,
+    config: T5Config,
+    folder: str | Path,
+    *,
+    step: int = 0,
+) -> Path:
+    """Writes an expert as a checkpoint that `t5x.eval` and `t5x.infer` read.
+
+    It holds no optimizer state: to train on from it, name it to `checkpoints.ExpertInitializer`.
+
+    Args:
+      spec: what the expert is made of.
+      expert: its arrays.
+      config: the backbone's.
+      folder: the run's folder to be; made if missing.
+      step: number of the checkpoint.
+
+    Returns:
+      `<folder>/checkpoint_<step>`.
+
+    Raises:
+      ElmError: if the arrays do not fit spec and config.
+      FileExistsError: if the checkpoint is there.
+    """
+    import orbax.checkpoint as ocp
+
+    check_expert("the expert", config, spec, expert)
+    target = Path(folder).resolve() / f"checkpoint_{step}"
+    if target.exists():
+        raise FileExistsError(f"{target} already exists; name another folder or step")
+    write_facts(folder, spec, config)
+    state = {
+        "target": {EXPERT: unflatten({k: np.asarray(v) for k, v in flatten(expert).items()})},
+        "state": {"step": np.int32(step)},
+    }
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(target / "state", state)
+    return target
+
+
+def write_facts(
+    folder: str | Path, spec: ExpertSpec, config: T5Config, backbone: str | None = None
+) -> None:
+    """Writes `expert.json`: the spec, the backbone's config and where the backbone came from."""
+    facts = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "spec": spec_to_json(spec),
+        "config": config.to_json(),
+        "backbone": backbone,
+    }
+    path = epath.Path(folder) / SIDE_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(facts, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def read_facts(path: str | Path) -> dict[str, Any] | None:
+    """Reads the `expert.json` of a run or of one of its checkpoints; None where there is none.
+
+    Raises:
+      ElmError: if it is damaged, or of another format.
+    """
+    folder = epath.Path(path)
+    for file in (folder / SIDE_FILE, folder.parent / SIDE_FILE):
+        if not file.exists():
+            continue
+        try:
+            facts = json.loads(file.read_text())
+        except ValueError as error:
+            raise ElmError(f"{file}: broken JSON ({error})") from None
+        found = facts.get("format"), facts.get("format_version")
+        if found != (FORMAT, FORMAT_VERSION) or not {"spec", "config"} <= set(facts):
+            raise ElmError(
+                f"{file}: expected format {FORMAT!r} version {FORMAT_VERSION} with 'spec' and "
+                f"'config', found {found[0]!r} version {found[1]!r}"
+            )
+        return facts
+    return None
+
+
+def is_t5x_checkpoint(path: str | Path) -> bool:
+    """Whether a folder is one t5x checkpoint, Orbax or legacy."""
+    folder = epath.Path(path)
+    return (folder / "state").is_dir() or (folder / "checkpoint").is_file()
+
+
+def find_checkpoint(path: str | Path) -> epath.Path:
+    """Returns the checkpoint at `path`, or the last one in the run's folder `path`.
+
+    Raises:
+      FileNotFoundError: if there is none.
+    """
+    folder = epath.Path(path)
+    if not folder.is_dir():
+        siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        raise FileNotFoundError(f"{folder}: no such folder{nearest(folder.name, siblings)}")
+    if is_t5x_checkpoint(folder):
+        return folder.resolve()
+    steps = {
+        int(match[1]): child
+        for child in folder.iterdir()
+        if (match := re.fullmatch(r"checkpoint_(\d+)", child.name)) and is_t5x_checkpoint(child)
+    }
+    if not steps:
+        raise FileNotFoundError(
+            f"{folder} is no t5x checkpoint and holds none: neither 'state/' (Orbax) nor "
+            "'checkpoint' (legacy) nor checkpoint_<step> in it"
+        )
+    return steps[max(steps)].resolve()
+
+
+def checkpoint_shapes(path: str | Path) -> Tree:
+    """Returns the parameters of a checkpoint (its `target`) as a tree of things with a `shape`.
+
+    Raises:
+      ElmError: if the files are damaged.
+    """
+    folder = epath.Path(path).resolve()
+    if (folder / "state").is_dir():
+        return _orbax_tree(folder)
+    return unflatten(
+        {k: _Shape(v["metadata"]["shape"]) if _is_spec(v) else np.asarray(v)
+         for k, v in _legacy_leaves(folder).items()}
+    )  # fmt: skip
+
+
+def read_arrays(path: str | Path, key: str | None = None) -> Tree:
+    """Reads the parameters of a checkpoint, or those below one key of them, as numpy.
+
+    Raises:
+      ElmError: if the files are damaged, or there is no such key.
+    """
+    folder = epath.Path(path).resolve()
+    tree = checkpoint_shapes(folder)
+    if key is not None and key not in tree:
+        raise ElmError(f"{folder} holds no {key!r}{nearest(key, tree)}")
+    read = _read_orbax if (folder / "state").is_dir() else _read_legacy
+    arrays = read(folder, tree if key is None else {key: tree[key]})
+    return arrays if key is None else arrays[key]
+
+
+class _Shape:
+    """The shape of an array that was not read."""
+
+    def __init__(self, shape: list[int]) -> None:
+        self.shape = tuple(shape)
+
+
+def _orbax_tree(folder: epath.Path) -> Tree:
+    import orbax.checkpoint as ocp
+
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            metadata: Any = checkpointer.metadata(folder / "state")
+            return metadata.item_metadata.tree["target"]
+    except Exception as error:  # Orbax and tensorstore raise many types for a damaged file
+        raise ElmError(f"{folder}: no t5x checkpoint, or damaged ({_line(error)})") from error
+
+
+def _read_orbax(folder: epath.Path, wanted: Tree) -> Tree:
+    import jax
+    import orbax.checkpoint as ocp
+
+    item = {"target": wanted}
+    args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            return checkpointer.restore(
+                folder / "state",
+                args=ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True),
+            )["target"]
+    except Exception as error:  # as above
+        raise ElmError(f"{folder}: damaged or incomplete ({_line(error)})") from error
+
+
+def _legacy_leaves(folder: epath.Path) -> dict[str, Any]:
+    """Returns the leaves of a legacy checkpoint's `target`: arrays, or tensorstore's specs."""
+    from flax import serialization, traverse_util
+
+    try:
+        state = serialization.msgpack_restore((folder / "checkpoint").read_bytes())
+        target = state.get("optimizer", state)["target"]
+        return traverse_util.flatten_dict(target, sep="/", is_leaf=lambda _, node: _is_spec(node))
+    except Exception as error:  # msgpack raises many types for a damaged file
+        raise ElmError(f"{folder / 'checkpoint'}: damaged ({_line(error)})") from error
+
+
+def _is_spec(leaf: Any) -> bool:
+    return isinstance(leaf, Mapping) and set(leaf) >= _TENSORSTORE
+
+
+def _read_legacy(folder: epath.Path, wanted: Tree) -> Tree:
+    import tensorstore as ts
+
+    leaves = _legacy_leaves(folder)
+    base = str(folder) if "://" in str(folder) else f"file://{folder}"
+
+    def read(path: str) -> np.ndarray:
+        leaf = leaves[path]
+        if not _is_spec(leaf):
+            return np.asarray(leaf)
+        name = Path(leaf["kvstore"]["path"]).name  # written relative, but for some old ones
+        spec = {"driver": leaf["driver"], "kvstore": f"{base}/{name}/"}
+        try:
+            return ts.open(spec, open=True).result().read().result()
+        except Exception as error:  # tensorstore raises many types for a damaged file
+            raise ElmError(f"{folder / name}: damaged ({_line(error)})") from error
+
+    return unflatten({path: read(path) for path in flatten(wanted)})
+
+
+def _check_config(facts: Mapping[str, Any], config: T5Config, folder: epath.Path) -> None:
+    """Refuses an expert of a backbone of another architecture, naming the field."""
+    recorded = facts["config"]
+    for key, value in config.to_json().items():
+        if key not in RUN_FIELDS and key in recorded and recorded[key] != value:
+            raise ElmError(
+                f"{folder}: its backbone has {key} {recorded[key]!r}, this one {value!r}"
+            )
+
+
+def _spec_of_arrays(shapes: Tree, folder: epath.Path) -> ExpertSpec:
+    """Infers a spec from names and shapes where those decide it; says what is missing elsewhere."""
+    flat = {path: tuple(leaf.shape) for path, leaf in flatten(shapes).items()}
+    guessed: ExpertSpec
+    if any(path.endswith("/lora_a") for path in flat):
+        short = {"query": "q", "key": "k", "value": "v", "out": "o", "wi": "wi", "wo": "wo"}
+        found = {(p.split("/")[-2].partition("_")[0], _block(p)) for p in flat}
+        rank = min(shape[1] for path, shape in flat.items() if path.endswith("/lora_a"))
+        guessed = LoraSpec(
+            rank,
+            targets=tuple(sorted({short[name] for name, _ in found if name in short})),
+            blocks=tuple(sorted({block for _, block in found})),
+        )
+        unknown = "alpha"
+    elif any(path.endswith("/down_kernel") for path in flat):
+        downs = {path: shape for path, shape in flat.items() if path.endswith("/down_kernel")}
+        guessed = AdapterSpec(
+            min(shape[1] for shape in downs.values()),
+            sublayers=tuple(sorted({p.split("/")[-2].removesuffix("_adapter") for p in downs})),
+            use_bias=any(path.endswith("/up_bias") for path in flat),
+            train_layer_norms=any(path.endswith("/scale_delta") for path in flat),
+        )
+        unknown = "placement, activation and inner_residual"
+    elif any(path.endswith("token_embedder/embedding") for path in flat):
+        return FullSpec()
+    else:
+        raise ElmError(f"{folder}: {next(iter(flat), 'nothing')!r} is of no kind of expert")
+    raise ElmError(
+        f"{folder} has no {SIDE_FILE} beside it, and arrays do not say {unknown}; give the spec, "
+        f"by the arrays one like {guessed}"
+    )
+
+
+def _block(path: str) -> str:
+    if "/encoder_decoder_attention/" in path:
+        return "cross"
+    return path.split("/")[0]
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
