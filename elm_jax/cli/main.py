@@ -65,6 +65,13 @@ def describe(error: BaseException) -> str | None:
     return None
 
 
+def _ignore_closed_loop(raised: sys.UnraisableHookArgs) -> None:
+    """Says nothing of tensorstore's writes that end after Orbax, failing, has left its loop."""
+    if isinstance(raised.exc_value, RuntimeError) and "loop is closed" in str(raised.exc_value):
+        return
+    sys.__unraisablehook__(raised)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
 
@@ -86,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from absl import logging
 
         logging.set_verbosity(logging.FATAL)
+        if sys.unraisablehook is sys.__unraisablehook__:
+            sys.unraisablehook = _ignore_closed_loop
     try:
         return int(args.run(args) or 0)
     except KeyboardInterrupt:
