@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from elm_jax.errors import ElmError, nearest
+from elm_jax.models.quantize import check_quantization
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "linear")
 """Names accepted in `mlp_activations`; `gelu` is exact, `gelu_tanh` is T5 1.1's approximation."""
@@ -26,6 +27,7 @@ RUN_FIELDS = (
     "remat",
     "attention",
     "attention_chunk",
+    "quantization",
 )
 """Fields which say how a backbone is run, not what it is."""
 
@@ -64,6 +66,7 @@ class T5Config:
       attention: 'auto', 'plain', 'fused' or 'memory_efficient'; all give equal results. See
         `elm_jax.models.attention`.
       attention_chunk: queries at a time in memory-efficient attention.
+      quantization: None, or 'int8' for frozen matrices in int8; see `elm_jax.models.quantize`.
     """
 
     vocab_size: int
@@ -86,6 +89,7 @@ class T5Config:
     remat: str = "none"
     attention: str = "auto"
     attention_chunk: int = 128
+    quantization: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
@@ -108,6 +112,8 @@ class T5Config:
                     f"T5Config.mlp_activations: unknown activation {name!r}"
                     f"{nearest(name, ACTIVATIONS)}; accepted: {', '.join(ACTIVATIONS)}"
                 )
+        if self.quantization is not None:
+            check_quantization(self.quantization)
         if not 0.0 <= self.dropout_rate < 1.0:
             raise ElmError(f"T5Config.dropout_rate must be in [0, 1), got {self.dropout_rate!r}")
         for name, accepted in (

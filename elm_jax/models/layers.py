@@ -18,6 +18,7 @@ from flax.linen import partitioning
 
 from elm_jax.models.attention import attend
 from elm_jax.models.config import T5Config
+from elm_jax.models.quantize import dequantize_kernel, int8_matmul
 from elm_jax.models.specs import AdapterSpec, ExpertSpec, LoraSpec
 
 Array = jax.Array
@@ -54,6 +55,37 @@ def _expert_array(
     return variable.value
 
 
+def _apply_expert(
+    module: nn.Module, fn: Callable[..., Array], x: Array, *arrays: Array, ndim: int
+) -> Array:
+    """Applies a part of an expert, fn(x, *arrays); in a mixed batch, to each example its own.
+
+    In a mixed batch (see `experts.routing`) the arrays have a leading axis over the B examples, or
+    over G groups of examples that share an expert; 'rows' [G * S] and 'places' [B] beside the
+    arrays then say who is in which group.
+
+    Args:
+      module: whose `expert` collection holds the arrays.
+      fn: the part, as for one expert; it keeps x's leading axis.
+      x: [B, ...].
+      *arrays: what the expert has here.
+      ndim: axes that the first array has in one expert.
+
+    Returns:
+      [B, ...], what `fn` makes of x.
+    """
+    if arrays[0].ndim == ndim:
+        return fn(x, *arrays)
+    groups = arrays[0].shape[0]
+    if not module.has_variable("expert", "rows"):
+        return jax.vmap(fn)(x[:, None], *arrays)[:, 0]
+    rows: Array = module.get_variable("expert", "rows")
+    places: Array = module.get_variable("expert", "places")
+    grouped = jnp.take(x, rows, axis=0, mode="fill", fill_value=0)
+    y = jax.vmap(fn)(grouped.reshape(groups, -1, *x.shape[1:]), *arrays)
+    return y.reshape(len(rows), *y.shape[2:])[places]
+
+
 def dropout(x: Array, rate: float, broadcast: bool, deterministic: bool, name: str) -> Array:
     """Applies dropout to [..., length, features], sharing the mask along the length if asked."""
     dims = (-2,) if broadcast else ()
@@ -64,7 +96,8 @@ class Dense(nn.Module):
     """x @ kernel without bias, plus a low-rank update where `lora` is given.
 
     params: kernel [in, out]; expert: lora_a [in, R], lora_b [R, out]. Inputs are cast to `dtype`;
-    the product is of that dtype, too, unless `out_dtype` keeps more of its sums.
+    the product is of that dtype, too, unless `out_dtype` keeps more of its sums. Quantised, the
+    kernel is int8 and has a kernel_scale [out] beside it.
     """
 
     features: int
@@ -73,15 +106,29 @@ class Dense(nn.Module):
     lora: LoraSpec | None = None
     kernel_init: Callable[..., Array] = _kernel_init
     out_dtype: Any = None
+    quantization: str | None = None
 
     @nn.compact
     def __call__(self, x: Array, deterministic: bool = True) -> Array:
         shape = (x.shape[-1], self.features)
-        kernel = partitioning.param_with_axes(
-            "kernel", self.kernel_init, shape, jnp.float32, axes=self.kernel_axes
-        )
         x = x.astype(self.dtype)
-        y = jnp.matmul(x, kernel.astype(self.dtype), preferred_element_type=self.out_dtype)
+        if self.quantization is None:
+            kernel = partitioning.param_with_axes(
+                "kernel", self.kernel_init, shape, jnp.float32, axes=self.kernel_axes
+            )
+            y = jnp.matmul(x, kernel.astype(self.dtype), preferred_element_type=self.out_dtype)
+        else:
+            kernel = partitioning.param_with_axes(
+                "kernel", nn.initializers.zeros, shape, jnp.int8, axes=self.kernel_axes
+            )
+            scale = partitioning.param_with_axes(
+                "kernel_scale",
+                nn.initializers.ones,
+                shape[1:],
+                jnp.float32,
+                axes=self.kernel_axes[1:],
+            )
+            y = int8_matmul(x, kernel, scale)
         if self.lora is not None:
             spec = self.lora
             fan_in, fan_out = self.kernel_axes
@@ -90,17 +137,45 @@ class Dense(nn.Module):
                 self, "lora_b", nn.initializers.zeros, (spec.rank, shape[1]), ("rank", fan_out)
             )
             h = nn.Dropout(spec.dropout_rate)(x, deterministic=deterministic)
-            y = y + (h @ a.astype(self.dtype)) @ (b * spec.scale).astype(self.dtype)
+            a, b = a.astype(self.dtype), (b * spec.scale).astype(self.dtype)
+            y = y + _apply_expert(self, lambda h, a, b: (h @ a) @ b, h, a, b, ndim=2)
         return y
 
-    def weights(self) -> Array:
-        """Returns the matrix [in, out] in effect, a low-rank update included."""
+    def from_heads(self, x: Array) -> Array:
+        """Multiplies x [B, N, U, K] by the transpose of each head's part: [B, N, U, in]."""
+        heads, width = x.shape[1], x.shape[3]
+
+        def update(x: Array, a: Array, b: Array) -> Array:
+            low = jnp.einsum("bnqk,rnk->bnqr", x, b.reshape(-1, heads, width))
+            return jnp.einsum("bnqr,dr->bnqd", low, a)
+
+        y = jnp.einsum("bnqk,dnk->bnqd", x, self._kernel().reshape(-1, heads, width))
+        return y + self._low_rank(update, x) if self.lora is not None else y
+
+    def to_heads(self, x: Array) -> Array:
+        """Multiplies x [B, N, U, in] by each head's part: [B, U, N, K]."""
+        heads = x.shape[1]
+
+        def update(x: Array, a: Array, b: Array) -> Array:
+            low = jnp.einsum("bnqd,dr->bnqr", x, a)
+            return jnp.einsum("bnqr,rnk->bqnk", low, b.reshape(len(b), heads, -1))
+
+        kernel = self._kernel().reshape(x.shape[3], heads, -1)
+        y = jnp.einsum("bnqd,dnk->bqnk", x, kernel)
+        return y + self._low_rank(update, x) if self.lora is not None else y
+
+    def _kernel(self) -> Array:
         kernel: Array = self.get_variable("params", "kernel")
-        if self.lora is not None:
-            a: Array = self.get_variable("expert", "lora_a")
-            b: Array = self.get_variable("expert", "lora_b")
-            kernel = kernel + a @ (b * self.lora.scale)
+        if self.quantization is not None:
+            kernel = dequantize_kernel(kernel, self.get_variable("params", "kernel_scale"))
         return kernel.astype(self.dtype)
+
+    def _low_rank(self, update: Callable[..., Array], x: Array) -> Array:
+        assert self.lora is not None
+        a: Array = self.get_variable("expert", "lora_a")
+        b: Array = self.get_variable("expert", "lora_b")
+        a, b = a.astype(self.dtype), (b * self.lora.scale).astype(self.dtype)
+        return _apply_expert(self, update, x, a, b, ndim=2)
 
 
 class Adapter(nn.Module):
@@ -130,15 +205,21 @@ class Adapter(nn.Module):
             self, "down_kernel", down_init, (dim, spec.bottleneck), ("embed", "adapter")
         )
         up = _expert_array(self, "up_kernel", up_init, (spec.bottleneck, dim), ("adapter", "embed"))
-        h = x @ down.astype(self.dtype)
+        arrays = [down, up]
         if spec.use_bias:
             zeros = nn.initializers.zeros
-            h = h + _expert_array(
-                self, "down_bias", zeros, (spec.bottleneck,), ("adapter",)
-            ).astype(self.dtype)
-        y = _ACTIVATIONS[spec.activation](h) @ up.astype(self.dtype)
-        if spec.use_bias:
-            y = y + _expert_array(self, "up_bias", zeros, (dim,), ("embed",)).astype(self.dtype)
+            arrays += [
+                _expert_array(self, "down_bias", zeros, (spec.bottleneck,), ("adapter",)),
+                _expert_array(self, "up_bias", zeros, (dim,), ("embed",)),
+            ]
+
+        def feed_forward(x: Array, down: Array, up: Array, *biases: Array) -> Array:
+            h = x @ down + biases[0] if biases else x @ down
+            y = _ACTIVATIONS[spec.activation](h) @ up
+            return y + biases[1] if biases else y
+
+        arrays = [array.astype(self.dtype) for array in arrays]
+        y = _apply_expert(self, feed_forward, x, *arrays, ndim=2)
         return x + y if spec.inner_residual else y
 
 
@@ -159,12 +240,12 @@ class LayerNorm(nn.Module):
         scale = partitioning.param_with_axes(
             "scale", nn.initializers.ones, shape, jnp.float32, axes=("embed",)
         ).astype(jnp.float32)
-        if self.trained:
-            scale = scale + _expert_array(
-                self, "scale_delta", nn.initializers.zeros, shape, ("embed",)
-            )
         y = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
-        return (y * scale).astype(self.dtype)
+        if not self.trained:
+            return (y * scale).astype(self.dtype)
+        delta = _expert_array(self, "scale_delta", nn.initializers.zeros, shape, ("embed",))
+        y = _apply_expert(self, lambda y, delta: y * (scale + delta), y, delta, ndim=1)
+        return y.astype(self.dtype)
 
 
 class Embed(nn.Module):
@@ -273,7 +354,9 @@ class Attention(nn.Module):
             short: str, features: int, axes: tuple[str, str], init: Any = _kernel_init
         ) -> Dense:
             lora = self.lora if self.lora is not None and short in self.lora.targets else None
-            return Dense(features, axes, cfg.compute_dtype, lora, init)
+            return Dense(
+                features, axes, cfg.compute_dtype, lora, init, quantization=cfg.quantization
+            )
 
         # T5 folds the usual 1 / sqrt(K) of the scores into the initial query kernel.
         query_init = nn.initializers.variance_scaling(
@@ -410,7 +493,14 @@ class Mlp(nn.Module):
 
         def projection(short: str, name: str, features: int, axes: tuple[str, str]) -> Dense:
             lora = self.lora if self.lora is not None and short in self.lora.targets else None
-            return Dense(features, axes, cfg.compute_dtype, lora, name=name)
+            return Dense(
+                features,
+                axes,
+                cfg.compute_dtype,
+                lora,
+                quantization=cfg.quantization,
+                name=name,
+            )
 
         h: Array | None = None
         for i, activation in enumerate(cfg.mlp_activations):
