@@ -438,13 +438,11 @@ class Attention(nn.Module):
         made = length * cfg.head_dim * (cfg.emb_dim + queries)
         if 2 * brought > made:  # 2: products with a kernel run nearer to the machine's peak
             return self(x, source, None, mask)
-        shape = (cfg.emb_dim, cfg.num_heads, cfg.head_dim)
-        query = self._split(self.query(x))
-        query = jnp.einsum("bnqk,dnk->bnqd", query, self.key.weights().reshape(shape))
+        query = self.key.from_heads(self._split(self.query(x)))
         scores = jnp.einsum("bnqd,btd->bnqt", query, source, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(scores + mask, axis=-1).astype(cfg.compute_dtype)
         mixed = jnp.einsum("bnqt,btd->bnqd", weights, source)
-        mixed = jnp.einsum("bnqd,dnk->bqnk", mixed, self.value.weights().reshape(shape))
+        mixed = self.value.to_heads(mixed)
         return self.out(mixed.reshape(*mixed.shape[:-2], -1))
 
     @nn.compact
