@@ -16,7 +16,9 @@ from elm_jax.checkpoints.backbone import load_backbone
 from elm_jax.errors import ElmError
 from elm_jax.experts.store import ExpertStore
 from elm_jax.experts.tree import Tree, check_shapes, flatten, unflatten
-from elm_jax.models import ExpertSpec, T5Config
+from elm_jax.models import ExpertSpec, T5Config, spec_from_json
+from elm_jax.models.config import RUN_FIELDS
+from elm_jax.models.scan import from_storage
 from elm_jax.t5x import experts
 from elm_jax.t5x.experts import EXPERT, is_t5x_checkpoint, split
 
@@ -53,14 +55,12 @@ class ExpertInitializer(t5x_utils.TrainStateInitializer):
         """
         given: dict[str, Any] = {}
         if not is_t5x_checkpoint(self._backbone):
-            loaded = load_backbone(self._backbone)
-            _check_config(self._backbone, loaded.config, self._model.config)
-            given = dict(loaded.params)
+            given = dict(read_backbone(self._backbone, self._model.config))
         if self._expert is not None:
             spec, arrays = _stored_expert(self._expert, self._model.config)
             if spec != self._model.spec:
                 raise ElmError(f"{self._expert} is {spec}, but the model's is {self._model.spec}")
-            given[EXPERT] = arrays
+            given[EXPERT] = from_storage(arrays, self._model.config)
         state = super().from_scratch(init_rng)
         if not given:
             return state
@@ -110,9 +110,14 @@ class RestoreExpert:
 
     Attributes:
       backbone: a T5X checkpoint, or what `load_backbone` takes.
+      config: the model's.
+      spec: of the expert that the checkpoint must hold; None takes a backbone alone too, from
+        which training starts.
     """
 
     backbone: str
+    config: T5Config
+    spec: ExpertSpec | None = None
 
     def __call__(
         self, checkpoint: Tree, state_dict: Tree, *, is_resuming: bool = False
@@ -131,24 +136,46 @@ class RestoreExpert:
         target = unfreeze(checkpoint["target"])
         wanted, _ = split(unfreeze(state_dict["target"]))
         held, expert = split(target)
+        if expert is None and self.spec is not None:
+            raise ElmError(
+                f"the checkpoint holds no {EXPERT!r}, only {', '.join(sorted(target))}; set EXPERT "
+                "to None to run a backbone alone"
+            )
         if held:
             if expert is None:  # a backbone: the one to start from
                 check_shapes(self.backbone, experts.checkpoint_shapes(self.backbone), wanted)
             return checkpoint
-        backbone = read_backbone(self.backbone)
+        backbone = read_backbone(self.backbone, self.config)
         check_shapes(self.backbone, backbone, wanted)
-        return {**checkpoint, "target": {**backbone, **target}}
+        # NumPy, as Orbax reshapes what is no placeholder in a way that jax arrays refuse.
+        arrays = jax.tree.map(lambda a, like: np.asarray(a, like.dtype), backbone, wanted)
+        return {**checkpoint, "target": {**arrays, **target}}
 
 
-def read_backbone(path: str) -> Tree:
-    """Reads the arrays of a T5X checkpoint or of what `load_backbone` takes, as numpy.
+def read_backbone(path: str, config: T5Config) -> Tree:
+    """Reads the arrays of a T5X checkpoint, or of what `load_backbone` takes, for a model.
 
     Raises:
-      ElmError: if it cannot be read.
+      ElmError: if it cannot be read, or is of another architecture.
     """
     if is_t5x_checkpoint(path):
         return split(experts.read_arrays(path))[0]
-    return load_backbone(path).params
+    loaded = load_backbone(path)
+    _check_config(path, loaded.config, config)
+    return from_storage(dict(loaded.params), config)
+
+
+def recorded_spec(path: str) -> ExpertSpec:
+    """Returns what the expert of a t5x run or checkpoint is made of, as the run wrote it down.
+
+    Raises:
+      FileNotFoundError: if there is no such folder.
+      ElmError: if there is no `expert.json` in it or beside it.
+    """
+    facts = experts.read_facts(experts.find_checkpoint(path))
+    if facts is None:
+        raise ElmError(f"{path} has no {experts.SIDE_FILE}, in it or beside it; set EXPERT")
+    return spec_from_json(dict(facts["spec"]))
 
 
 def _expert_alone(tree: Tree) -> dict[str, Any]:
@@ -167,7 +194,7 @@ def _stored_expert(path: str, config: T5Config) -> tuple[ExpertSpec, Tree]:
 def _check_config(name: str, found: T5Config, wanted: T5Config) -> None:
     ours: Mapping[str, Any] = wanted.to_json()
     for key, value in found.to_json().items():
-        if key not in experts.RUN_FIELDS and ours[key] != value:
+        if key not in RUN_FIELDS and ours[key] != value:
             raise ElmError(
                 f"backbone {name!r} has {key} {value!r}, but the model's is {ours[key]!r}"
             )

@@ -32,14 +32,14 @@ from elm_jax.models import (
     spec_from_json,
     spec_to_json,
 )
+from elm_jax.models.config import RUN_FIELDS
+from elm_jax.models.scan import from_storage, to_storage
 
 EXPERT = "expert"
 """The key of the expert in t5x's `params`."""
 FORMAT = "elm_jax expert in t5x"
 FORMAT_VERSION = 1
 SIDE_FILE = "expert.json"
-# How a backbone is run, not what it is.
-RUN_FIELDS = ("dtype", "dropout_rate", "dropout_broadcast", "remat_policy", "remat")
 _TENSORSTORE = {"driver", "kvstore", "metadata"}
 
 
@@ -81,7 +81,7 @@ def load_t5x_expert(
         the expert is then its task vector, theta_d - theta_pre (Ilharco et al. 2022).
 
     Returns:
-      The spec, and the arrays as numpy.
+      The spec, and the arrays as numpy, layer by layer as experts are stored.
 
     Raises:
       FileNotFoundError: if there is no such folder, or no checkpoint in it.
@@ -111,8 +111,9 @@ def load_t5x_expert(
         spec = recorded
     if spec is None:
         spec = _spec_of_arrays(shapes[EXPERT], folder)
-    check_expert(str(folder), config, spec, shapes[EXPERT])
-    return spec, read_arrays(folder, EXPERT)
+    trained_as = config if facts is None else T5Config.from_json(facts["config"])
+    check_expert(str(folder), trained_as, spec, shapes[EXPERT])
+    return spec, to_storage(read_arrays(folder, EXPERT), trained_as)
 
 
 def save_t5x_expert(
@@ -143,6 +144,7 @@ def save_t5x_expert(
     """
     import orbax.checkpoint as ocp
 
+    expert = from_storage(expert, config)
     check_expert("the expert", config, spec, expert)
     target = Path(folder).resolve() / f"checkpoint_{step}"
     if target.exists():
