@@ -276,9 +276,10 @@ def _read_config(data: Mapping[str, Any], config: T5Config) -> tuple[str, Adapte
             f"'hidden_size' is {shown(data['hidden_size'])}, but the backbone's width is "
             f"{config.emb_dim}"
         )
+    if options.get("architecture") is not None:
+        kind = options["architecture"]
+        raise ElmError(f"'architecture' is {shown(kind)}, which is no bottleneck adapter")
     for option, value in options.items():
-        if option == "architecture" and value is not None:
-            raise ElmError(f"'architecture' is {shown(value)}, which is no bottleneck adapter")
         if value and option not in _IGNORED and option not in _REQUIRED:
             raise ElmError(
                 f"{shown(option)} is {shown(value)}, an option that this elm_jax does not know"
