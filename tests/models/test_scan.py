@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.linen import partitioning
 
 from elm_jax.decoding import choice_log_probs, greedy_decode
 from elm_jax.errors import ElmError
@@ -22,7 +21,7 @@ from elm_jax.training.sharding import make_mesh, shardings
 B, T, U, V = 3, 9, 7, 53
 CONFIG = T5Config(
     vocab_size=V, emb_dim=16, num_heads=2, head_dim=5, mlp_dim=24,
-    num_encoder_layers=2, num_decoder_layers=3,
+    num_encoder_layers=2, num_decoder_layers=2,
 )  # fmt: skip
 SPECS: dict[str, ExpertSpec | None] = {
     "none": None,
@@ -139,7 +138,7 @@ def test_packed_examples() -> None:
     np.testing.assert_allclose(scanned, one_by_one, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["elm_code", "lora", "per_layer"])
+@pytest.mark.parametrize("name", ["elm_code", "per_layer"])
 def test_decoding_with_a_cache_of_stacked_layers(name: str) -> None:
     decoded = [
         greedy_decode(*variables(name, scan), tokens()[0], max_decode_len=5)
@@ -156,8 +155,8 @@ def test_decoding_with_a_cache_of_stacked_layers(name: str) -> None:
         arrays,
     )  # fmt: skip
     cache = made["cache"]["decoder"]["decoder"]
-    assert cache["self_attention"]["self_key"].shape == (3, B, 2, 6, 5)
-    assert cache["encoder_decoder_attention"]["cross_value"].shape == (3, B, 2, T, 5)
+    assert cache["self_attention"]["self_key"].shape == (2, B, 2, 6, 5)
+    assert cache["encoder_decoder_attention"]["cross_value"].shape == (2, B, 2, T, 5)
 
 
 def test_ranking_of_choices() -> None:
@@ -168,7 +167,7 @@ def test_ranking_of_choices() -> None:
     np.testing.assert_allclose(*scores, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["adapter", "elm_code", "lora", "full"])
+@pytest.mark.parametrize("name", ["lora", "full"])
 def test_gradients_stack_likewise(name: str) -> None:
     config, spec = case(name)
     params, expert = trees(name)
@@ -194,13 +193,11 @@ def test_each_layer_draws_its_own_dropout() -> None:
     expert = jax.tree.map(jnp.zeros_like, expert_shapes(config, spec))
     params["encoder"]["encoder_norm"]["scale"] += 1
     expert["encoder"]["encoder"]["mlp_adapter"]["up_bias"] += 1
-    encoded = T5(config, spec).apply(
-        {"params": params, "expert": expert},
-        jnp.ones((1, 2), jnp.int32),
-        deterministic=False,
-        rngs={"dropout": jax.random.key(0)},
+    encode = functools.partial(
+        T5(config, spec).apply, deterministic=False, rngs={"dropout": jax.random.key(0)},
         method="encode",
-    )
+    )  # fmt: skip
+    encoded: Any = jax.jit(encode)({"params": params, "expert": expert}, np.ones((1, 2), np.int32))
     levels = np.unique(np.round(encoded[0, 0], 4))
     assert len(levels) == 4  # a feature was kept in 0, 1, 2 or 3 layers
 
@@ -213,19 +210,14 @@ def test_initial_experts_shapes_axes_and_shardings(name: str) -> None:
     assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, shapes)
     per_layer = expert_shapes(CONFIG, spec)
     assert jax.tree.map(jnp.shape, to_storage(made, config)) == jax.tree.map(jnp.shape, per_layer)
-    axes = [flatten(tree) for tree in logical_axes(config, spec)]
-    single = [flatten(tree) for tree in logical_axes(CONFIG, spec)]
-    for stacked, per_layer in zip(axes, single, strict=True):
-        for path, names in stacked.items():
-            one = per_layer.get(path.replace("coder/encoder/", "coder/layers_0/").replace(
-                "decoder/decoder/", "decoder/layers_0/"))  # fmt: skip
-            inside = path.startswith(("encoder/encoder/", "decoder/decoder/"))
-            expected = (one[0], "layers", *one[1:]) if inside else one
-            assert tuple(names) == tuple(expected), path
-    assert (
-        flatten(shardings(make_mesh(), logical_axes(config, spec)[1], shapes)).keys()
-        == axes[1].keys()
-    )
+    stacked, single = logical_axes(config, spec), logical_axes(CONFIG, spec)
+    for ours, theirs in zip(stacked, single, strict=True):
+        for path, names in flatten(ours).items():
+            stack, *rest = path.split("/")
+            inside = rest[0] == stack
+            one = flatten(theirs)["/".join([stack, "layers_0", *rest[1:]]) if inside else path]
+            assert tuple(names) == ((one[0], "layers", *one[1:]) if inside else tuple(one)), path
+    assert flatten(shardings(make_mesh(), stacked[1], shapes)).keys() == flatten(shapes).keys()
 
 
 def test_layers_of_an_initial_expert_differ() -> None:
@@ -247,25 +239,14 @@ def test_stacking_is_undone(name: str) -> None:
 
 def test_trees_that_do_not_fit_are_refused() -> None:
     params, _ = trees("none")
-    fewer = CONFIG.replace(num_decoder_layers=2)
-    with pytest.raises(ElmError, match="decoder/layers_2 is one too many: .* 2 decoder layers"):
+    fewer = CONFIG.replace(num_decoder_layers=1)
+    with pytest.raises(ElmError, match="decoder/layers_1 is one too many: .* 1 decoder layers"):
         stack_layers(params, fewer)
     with pytest.raises(ElmError, match="encoder/layers_2 is missing: .* 3 encoder layers"):
         stack_layers(params, CONFIG.replace(num_encoder_layers=3))
-    with pytest.raises(ElmError, match=r"decoder/decoder/.*axis 1 should hold 2 layers"):
+    with pytest.raises(ElmError, match=r"decoder/decoder/.*axis 1 should hold 1 layers"):
         unstack_layers(stack_layers(params, CONFIG), fewer)
     flat = flatten(params)
     del flat["encoder/layers_1/mlp/wo/kernel"]
     with pytest.raises(ElmError, match="the layers of encoder differ"):
         stack_layers(unflatten(flat), CONFIG)
-
-
-def test_axis_metadata_covers_every_array() -> None:
-    ones = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    model = T5(CONFIG.replace(scan_layers=True), SPECS["elm_code"])
-    rngs = {"params": jax.random.key(0), "expert": jax.random.key(0)}
-    made = jax.eval_shape(model.init, rngs, ones, ones)
-    for collection in ("params", "expert"):
-        names = flatten(partitioning.get_axis_names(made[f"{collection}_axes"]))
-        arrays = flatten(made[collection])
-        assert {p: len(n) for p, n in names.items()} == {p: x.ndim for p, x in arrays.items()}
