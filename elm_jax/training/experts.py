@@ -29,6 +29,7 @@ MAX_LENGTHS = {"inputs": 512, "targets": 128}
 LENGTH_STEPS = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """Lengths are rounded up to one of these, so that few shapes are compiled."""
 UNITS = ("task", "prompt")
+_WAYS_TO_RUN = ("dropout_rate", "dtype", "scan_layers", "remat", "attention")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +77,10 @@ class TrainingOptions:
       pack: whether several examples share a row.
       dropout_rate: None is the backbone's.
       dtype: of the computation; None is the backbone's.
+      scan_layers: compile one block per stack in place of all; None is the backbone's.
+      remat: 'none', 'minimal' or 'full', what to compute again to save memory; None is the
+        backbone's.
+      attention: 'auto', 'plain', 'fused' or 'memory_efficient'; None is the backbone's.
     """
 
     per: str = "task"
@@ -92,6 +97,9 @@ class TrainingOptions:
     pack: bool = False
     dropout_rate: float | None = None
     dtype: str | None = None
+    scan_layers: bool | None = None
+    remat: str | None = None
+    attention: str | None = None
 
     def __post_init__(self) -> None:
         if self.per not in UNITS:
@@ -163,11 +171,9 @@ def train_experts(
     run = run or RunConfig(train_steps=1)
     vocab = backbone_vocabulary(backbone, vocabulary)
     expert_store = ExpertStore(store, create=True)
+    ways = {name: getattr(options, name) for name in _WAYS_TO_RUN}
+    backbone = backbone.run_as(**{k: v for k, v in ways.items() if v is not None})
     config = backbone.config
-    if options.dropout_rate is not None:
-        config = config.replace(dropout_rate=options.dropout_rate)
-    if options.dtype is not None:
-        config = config.replace(dtype=options.dtype)
 
     plans = make_plans(tasks, vocab, options, run.seed)
     settings = {

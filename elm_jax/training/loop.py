@@ -24,6 +24,7 @@ from elm_jax.errors import ElmError, TrainingDiverged
 from elm_jax.experts.apply import expert_shapes, init_expert, logical_axes
 from elm_jax.experts.tree import Tree, unstack
 from elm_jax.models import T5, ExpertSpec, T5Config
+from elm_jax.models.scan import to_storage
 from elm_jax.training import sharding
 from elm_jax.training.metrics import MetricsWriter
 from elm_jax.training.optimizers import OptimizerSpec, make_optimizer
@@ -87,7 +88,7 @@ class RunConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainedExpert:
-    """The outcome for one member: its arrays (numpy) and its curve."""
+    """The outcome for one member: its arrays (numpy, laid out per layer) and its curve."""
 
     id: str
     params: Tree
@@ -117,7 +118,8 @@ def train_stack(
 
     Args:
       config: the backbone's config.
-      params: the backbone; never changed, copied into no state, never donated.
+      params: the backbone, laid out as `config.scan_layers` says; never changed, copied into no
+        state, never donated.
       spec: what the experts are made of.
       members: X experts; their batches must have one shape.
       run: how to train.
@@ -203,7 +205,7 @@ def train_stack(
                 _save(manager, step, state, identity)
         manager.wait_until_finished()
     return [
-        TrainedExpert(m.id, unstack(state.expert, i), writer.history(m.id))
+        TrainedExpert(m.id, to_storage(unstack(state.expert, i), config), writer.history(m.id))
         for i, m in enumerate(members)
     ]
 

@@ -24,6 +24,7 @@ from elm_jax.data.vocabulary import Vocabulary, train_vocabulary
 from elm_jax.errors import ElmError
 from elm_jax.experts.tree import Tree, count_parameters
 from elm_jax.models import T5, FullSpec, T5Config
+from elm_jax.models.scan import from_storage
 from elm_jax.training.loop import Member, Progress, RunConfig, train_stack
 from elm_jax.training.optimizers import OptimizerSpec
 from elm_jax.training.step import LossSpec, token_loss
@@ -153,7 +154,8 @@ def pretrain(
             mesh=mesh,
             progress=progress,
         )[0]
-        params = jax.tree.map(lambda p, tau: np.asarray(p) + tau, params, trained.params)
+        tau = from_storage(trained.params, config)
+        params = jax.tree.map(lambda p, change: np.asarray(p) + change, params, tau)
         losses[objective] = {
             "train": trained.history[-1]["loss"],
             "heldout": {
