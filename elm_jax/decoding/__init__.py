@@ -3,7 +3,14 @@
 `rank` stays in `elm_jax.decoding.rank`, whose name it would hide here.
 """
 
-from elm_jax.decoding.greedy import greedy_decode, stacked_greedy_decode
+from elm_jax.decoding.config import GenerationConfig
+from elm_jax.decoding.generation import generate, stacked_generate
+from elm_jax.decoding.greedy import greedy_decode
+from elm_jax.decoding.mixed import (
+    mixed_choice_log_probs,
+    mixed_generate,
+    mixed_log_likelihood,
+)
 from elm_jax.decoding.rank import (
     ChoiceTree,
     choice_lengths,
@@ -12,14 +19,21 @@ from elm_jax.decoding.rank import (
     stacked_choice_log_probs,
     tree_log_probs,
 )
+from elm_jax.decoding.search import Generated
 
 __all__ = [
     "ChoiceTree",
+    "Generated",
+    "GenerationConfig",
     "choice_lengths",
     "choice_log_probs",
+    "generate",
     "greedy_decode",
+    "mixed_choice_log_probs",
+    "mixed_generate",
+    "mixed_log_likelihood",
     "pack_choices",
     "stacked_choice_log_probs",
-    "stacked_greedy_decode",
+    "stacked_generate",
     "tree_log_probs",
 ]

@@ -24,10 +24,11 @@ from elm_jax.data.batches import BUCKETS
 from elm_jax.data.examples import Example, TaskData, by_prompt, with_answer_choices
 from elm_jax.data.vocabulary import EOS_ID, Vocabulary
 from elm_jax.decoding import (
+    GenerationConfig,
     choice_log_probs,
-    greedy_decode,
+    generate,
     stacked_choice_log_probs,
-    stacked_greedy_decode,
+    stacked_generate,
 )
 from elm_jax.decoding.rank import rank
 from elm_jax.errors import ElmError, nearest
@@ -35,6 +36,7 @@ from elm_jax.evaluation import metrics, results
 from elm_jax.experts import ExpertInfo, ExpertStore, check_backbone, stack
 from elm_jax.experts.tree import Tree
 from elm_jax.models import T5, ExpertSpec
+from elm_jax.models.scan import from_storage
 
 WITH = ("none", "all", "oracle", "retrieved", "random")
 GENERATION_METRICS = ("rouge_l", "exact_match")
@@ -53,10 +55,12 @@ class EvaluationOptions:
       batch_size: inputs per batch.
       experts_per_batch: X, experts scored on a batch at once.
       max_inputs_length: longest input, in tokens; longer ones are cut.
-      max_targets_length: longest choice or generated text, in tokens.
+      max_targets_length: longest choice, in tokens; without `generation` also longest generated
+        text.
       max_examples: examples per task, the first ones; None is all.
       queries: Q, test instances that vote in a retrieval.
-      seed: of the queries drawn, and of random experts.
+      seed: of the queries drawn, of random experts, and of tokens drawn.
+      generation: how text is generated; None is greedily.
     """
 
     split: str = "test"
@@ -71,6 +75,7 @@ class EvaluationOptions:
     max_examples: int | None = None
     queries: int = 32
     seed: int = 0
+    generation: GenerationConfig | None = None
 
     def __post_init__(self) -> None:
         if self.per not in ("task", "prompt"):
@@ -85,6 +90,16 @@ class EvaluationOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ElmError(f"{name} must be at least 1, got {value}")
+        if self.generation is not None and self.generation.num_return_sequences > 1:
+            raise ElmError(
+                "an answer is one sequence, got num_return_sequences "
+                f"{self.generation.num_return_sequences}"
+            )
+
+    @property
+    def decoding(self) -> GenerationConfig:
+        """How text is generated."""
+        return self.generation or GenerationConfig(max_new_tokens=self.max_targets_length)
 
     def settings(self) -> dict[str, Any]:
         """Returns what decides a score, as JSON."""
@@ -195,15 +210,19 @@ def score_examples(
 ) -> tuple[np.ndarray, list[list[str]]]:
     """Scores each example of a unit with each of X experts (or, with spec None, the backbone).
 
+    Experts are laid out as they are stored, per layer; `params` as `config.scan_layers` says.
+
     Returns:
       float32 [X, n], the metric of each example; and the answers, [X][n].
     """
     model = T5(config, spec)
+    experts = [from_storage(expert, config) for expert in experts]
     stacked = jax.device_put(stack(list(experts))) if spec is not None else None
     width = max(len(experts), 1)
     values = np.zeros((width, len(unit.examples)), np.float32)
     answers = [[""] * len(unit.examples) for _ in range(width)]
     text_metric = getattr(metrics, options.generation_metric)
+    seed = jax.random.key(options.seed)
     for rows, tokens, choices in batches_of(unit, vocabulary, options):
         if choices is not None:
             if spec is None:
@@ -215,16 +234,17 @@ def score_examples(
                 )
             best = np.asarray(rank(scores, counts, mean=options.mean_log_prob))
         else:
-            length = options.max_targets_length
+            how, keys = options.decoding, None
+            if how.do_sample:
+                # An example draws the same in any batch; the repeated last rows are not looked at.
+                order = np.pad(rows, (0, len(tokens) - len(rows)), mode="edge")
+                keys = jax.vmap(functools.partial(jax.random.fold_in, seed))(order)
             if spec is None:
-                decoded = greedy_decode(model, {"params": params}, tokens, max_decode_len=length)
-                out = np.asarray(decoded)[None]
+                found = generate(model, {"params": params}, tokens, how, keys)
+                out = np.asarray(found.tokens)[None, :, 0]
             else:
-                out = np.asarray(
-                    stacked_greedy_decode(
-                        model, spec, params, stacked, tokens, max_decode_len=length
-                    )
-                )
+                found = stacked_generate(model, spec, params, stacked, tokens, how, keys)
+                out = np.asarray(found.tokens)[:, :, 0]
         for x in range(width):
             for place, i in enumerate(rows):
                 example = unit.examples[i]
@@ -395,6 +415,10 @@ class Evaluator:
     def _settings(self, unit: Unit, expert: str) -> dict[str, Any]:
         checksum = None if expert == "none" else self.infos[expert].checksum
         facts = {"examples": unit.fingerprint, "expert_checksum": checksum}
+        if not unit.ranked and self.options.generation is not None:
+            facts["generation"] = dataclasses.asdict(self.options.generation)
+            if self.options.generation.do_sample:
+                facts["seed"] = self.options.seed
         return {**self.options.settings(), **facts}
 
     def _metric(self, unit: Unit) -> str:

@@ -340,7 +340,8 @@ class Attention(nn.Module):
     """Multi-head attention without scaling of the scores, as T5's.
 
     params: query, key, value, out, each with a kernel of [D, N * K] or [N * K, D].
-    cache (decoding): key, value [B, N, L, K] in self-attention; [B, N, T, K] in cross-attention.
+    cache (decoding): key, value [B, N, length * H, K] in self-attention, where H hypotheses of an
+    input share it; [B, N, T, K] in cross-attention.
     """
 
     config: T5Config
@@ -446,27 +447,26 @@ class Attention(nn.Module):
         return self.out(mixed.reshape(*mixed.shape[:-2], -1))
 
     @nn.compact
-    def decode_self(self, x: Array, position: Array, length: int, bias: Array) -> Array:
-        """One step of self-attention with a cache.
+    def decode_self(self, x: Array, position: Array, bias: Array, mask: Array) -> Array:
+        """One step of self-attention with a cache of T slots, H for each position.
 
         Args:
-          x: [B, 1, D], the token at `position`.
+          x: [B, H, D], the tokens of H hypotheses at `position`.
           position: int32 scalar.
-          length: capacity of the cache, in tokens.
-          bias: float32 [N, 1, length].
+          bias: float32 [N, 1, T].
+          mask: float32, 0 or `MASK_VALUE`, broadcast to [B, 1, H, T].
         """
         keys, values = self.keys_values(x)
-        shape = (*keys.shape[:2], length, keys.shape[3])
+        shape = (*keys.shape[:2], mask.shape[-1], keys.shape[3])
         cached_key = self.variable("cache", "self_key", jnp.zeros, shape, keys.dtype)
         cached_value = self.variable("cache", "self_value", jnp.zeros, shape, values.dtype)
-        start = (0, 0, position, 0)
+        start = (0, 0, position * x.shape[1], 0)
         cached_key.value = jax.lax.dynamic_update_slice(cached_key.value, keys, start)
         cached_value.value = jax.lax.dynamic_update_slice(cached_value.value, values, start)
-        mask = jnp.where(jnp.arange(length) <= position, 0.0, MASK_VALUE)
         return self.attend(x, cached_key.value, cached_value.value, bias, mask, deterministic=True)
 
     def decode_cross(self, x: Array, encoded: Array | None, mask: Array) -> Array:
-        """One step of cross-attention; keys and values are cached when `encoded` is given."""
+        """One step of cross-attention from x [B, H, D]; caches keys and values of `encoded`."""
         if encoded is not None:
             keys, values = self.keys_values(encoded)
             self.put_variable("cache", "cross_key", keys)

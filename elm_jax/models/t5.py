@@ -41,6 +41,32 @@ def _segment_mask(query_segments: Array, key_segments: Array) -> Array:
     return jnp.where(same, 0.0, MASK_VALUE)[:, None]
 
 
+def _cache_slots(
+    position: Array, length: int, ancestors: Array | None, *, hypotheses: int
+) -> tuple[Array, Array, Array]:
+    """Lays H hypotheses of each input out in one cache: slot p * H + h is h's token at position p.
+
+    Slots never move. Whose token it was at each position says which slots a hypothesis sees, as the
+    nodes above it in a tree.
+
+    Args:
+      position: int32 scalar.
+      length: positions that the cache holds.
+      ancestors: int32 [B, H, length], see `T5.decode_step`.
+      hypotheses: H.
+
+    Returns:
+      The queries' position int32 [1]; the slots' positions int32 [length * H]; and the
+      mask float32 [B or 1, 1, H, length * H].
+    """
+    places, owners = jnp.arange(length), jnp.arange(hypotheses)
+    if ancestors is None:
+        ancestors = jnp.broadcast_to(owners[None, :, None], (1, hypotheses, length))
+    visible = (ancestors[..., None] == owners) & (places <= position)[:, None]
+    mask = jnp.where(visible.reshape(*visible.shape[:2], -1), 0.0, MASK_VALUE)
+    return position[None], jnp.repeat(places, hypotheses), mask[:, None]
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Given:
@@ -53,8 +79,7 @@ class _Given:
       bias: float32 [..., N, U, T], the position bias where the layers share one.
       encoded: [B, T, D], the encoder's states (decoder), unless their keys are cached.
       cross_mask: float32 [B, 1, 1 or U, T], for attention to the encoder (decoder).
-      position: int32 scalar, of the one token in a cached step.
-      capacity: tokens that the cache of such a step holds.
+      position: int32 scalar, of the queries in a cached step; the keys are then its cache's slots.
       tree: whether the tokens are few beside the encoder's; see `Attention.read`.
       deterministic: whether dropout is off.
     """
@@ -66,7 +91,6 @@ class _Given:
     encoded: Array | None = None
     cross_mask: Array | None = None
     position: Array | None = None
-    capacity: int | None = dataclasses.field(default=None, metadata={"static": True})
     tree: bool = dataclasses.field(default=False, metadata={"static": True})
     deterministic: bool = dataclasses.field(default=True, metadata={"static": True})
 
@@ -126,7 +150,7 @@ class EncoderLayer(_Block):
 class DecoderLayer(_Block):
     """Self-attention, attention to the encoder and feed-forward, each with a residual.
 
-    Runs over U tokens, or over one cached token where a position is given.
+    Runs over U tokens, or in a cached step, where a position is given, over H hypotheses' tokens.
     """
 
     @nn.compact
@@ -140,8 +164,8 @@ class DecoderLayer(_Block):
         if given.position is None:
             y = attention(h, h, bias, given.mask, deterministic)
         else:
-            assert given.capacity is not None
-            y = attention.decode_self(h, given.position, given.capacity, bias)
+            assert given.mask is not None
+            y = attention.decode_self(h, given.position, bias, given.mask)
         y = self.adapt("self_attention", h, y)
         x = x + self.drop(y, deterministic, "self_attention_dropout")
 
@@ -227,11 +251,12 @@ class Decoder(_Stack):
         segment_mask: Array | None,
         cross_mask: Array,
         deterministic: bool,
-        step: tuple[Array, int] | None = None,
+        step: tuple[Array, int, Array | None] | None = None,
         tree: tuple[Array, Array] | None = None,
     ) -> Array:
-        """Runs over a sequence, over one cached token (`step`: position, capacity), or over a tree
-        of tokens (`tree`: depths int32 [B, U], visible bool [B, U, U])."""
+        """Runs over a sequence, over hypotheses' tokens at one position with a cache (`step`:
+        position, length, ancestors; see `T5.decode_step`), or over a tree of tokens (`tree`: depths
+        int32 [B, U], visible bool [B, U, U])."""
         mask: Array | None = None
         if tree is not None:
             queries = keys = tree[0]
@@ -242,7 +267,7 @@ class Decoder(_Stack):
             if segment_mask is not None:
                 mask = jnp.minimum(mask, segment_mask)
         else:
-            queries, keys = step[0][None], jnp.arange(step[1])
+            queries, keys, mask = _cache_slots(*step, hypotheses=tokens.shape[1])
         given = _Given(
             queries,
             keys,
@@ -250,7 +275,6 @@ class Decoder(_Stack):
             encoded=encoded,
             cross_mask=cross_mask,
             position=None if step is None else step[0],
-            capacity=None if step is None else step[1],
             tree=tree is not None,
             deterministic=deterministic,
         )
@@ -367,22 +391,29 @@ class T5(nn.Module):
         encoder_input_tokens: Array,
         *,
         length: int,
+        ancestors: Array | None = None,
         encoded: Array | None = None,
     ) -> Array:
         """Scores the token after `tokens` with a KV cache (the mutable collection `cache`).
 
+        H hypotheses of an input share the keys and values of its encoder states, and one cache of
+        their own. A beam search, where a hypothesis goes on from another, says so in `ancestors`
+        and need not move the cache.
+
         Args:
-          tokens: int32 [B, 1], the token at `position`; 0 at the start.
+          tokens: int32 [B, H], the tokens at `position`; 0 at the start.
           position: int32 scalar, counted from 0.
           encoder_input_tokens: int32 [B, T], for the padding mask.
           length: capacity of the cache, at least the number of steps.
+          ancestors: int32 [B, H, length], as whose the token of each hypothesis at each position
+            was given: its own at `position`, any after it. None where all are their own.
           encoded: [B, T, D]; needed in the first step, which caches its keys and values.
 
         Returns:
-          Logits, float32 [B, 1, V].
+          Logits, float32 [B, H, V].
         """
         cross_mask = _padding_mask(encoder_input_tokens)
-        step = (jnp.asarray(position, jnp.int32), length)
+        step = (jnp.asarray(position, jnp.int32), length, ancestors)
         return self.logits(self.decoder(tokens, encoded, None, cross_mask, True, step))
 
     def __call__(
