@@ -20,6 +20,7 @@ import numpy as np
 from elm_jax.decoding.shapes import round_up, trim_padding
 from elm_jax.errors import ElmError
 from elm_jax.experts.apply import bind_variables
+from elm_jax.experts.routing import route
 from elm_jax.models import T5, ExpertSpec
 
 Array = jax.Array
@@ -173,7 +174,13 @@ def _in_turns(fn: Callable[..., Array], at_once: int, *arrays: Array) -> Array:
 
 
 def tree_log_probs(
-    model: T5, variables: Any, encoder_input_tokens: Array, tree: ChoiceTree
+    model: T5,
+    variables: Any,
+    encoder_input_tokens: Array,
+    tree: ChoiceTree,
+    *,
+    places: Array | None = None,
+    form: str = "auto",
 ) -> Array:
     """Scores packed choices; pure, so it may be traced, vmapped and sharded along B.
 
@@ -182,15 +189,25 @@ def tree_log_probs(
       variables: `params` and, with an adapter or LoRA, `expert`.
       encoder_input_tokens: int32 [B, T], 0 is padding.
       tree: from `pack_choices`.
+      places: int32 [B], in a mixed batch, where each example's expert stands in the stack that
+        `expert` then is; see `experts.routing.route`.
+      form: of a mixed batch.
 
     Returns:
       float32 [B, C], the sum over each choice's tokens of log p(token | input, tokens before);
       -inf for an absent choice.
     """
-    apply: Callable[..., Any] = functools.partial(model.apply, variables)
+
+    def bound(places: tuple[Array, ...]) -> Any:
+        if not places:
+            return variables
+        return {**variables, "expert": route(model.config, variables["expert"], *places, form=form)}
+
+    def encode(tokens: Array, *places: Array) -> Any:
+        return model.apply(bound(places), tokens, method="encode")
 
     def score(hidden: Array, sources: Array, targets: Array) -> Array:
-        logits = apply(hidden, method="logits")
+        logits: Any = model.apply(variables, hidden, method="logits")
         log_z = jax.nn.logsumexp(logits, axis=-1)
         rows = jnp.arange(hidden.shape[0])[:, None, None]
         log_p = logits[rows, sources, targets] - log_z[rows, sources]
@@ -200,9 +217,10 @@ def tree_log_probs(
     tokens = jnp.asarray(encoder_input_tokens)
     batch, length = tokens.shape
     cached = CPU_TOKENS_AT_ONCE // length if jax.default_backend() == "cpu" else batch
-    encoded = _in_turns(functools.partial(apply, method="encode"), cached, tokens)
+    routed = () if places is None else (places,)
+    encoded = _in_turns(encode, cached, tokens, *routed)
     nodes = (tree.nodes, tree.depths, tree.visible)
-    hidden = apply(encoded, tokens, *nodes, method="decode_tree")
+    hidden: Any = model.apply(bound(routed), encoded, tokens, *nodes, method="decode_tree")
     held = LOGITS_AT_ONCE // (tree.nodes.shape[1] * model.config.vocab_size)
     return _in_turns(score, held, hidden, jnp.asarray(tree.sources), jnp.asarray(tree.targets))
 
@@ -220,9 +238,14 @@ def _stacked_tree_log_probs(
     return jax.vmap(one)(experts)
 
 
-def _prepare(
+def prepare_choices(
     model: T5, tokens: Any, choices: np.ndarray, eos_id: int
 ) -> tuple[Any, ChoiceTree, np.ndarray]:
+    """Returns inputs cut to a rounded length, the choices as a tree, and tokens per choice [B, C].
+
+    Raises:
+      ElmError: as `choice_log_probs`.
+    """
     tree = pack_choices(choices, eos_id=eos_id)
     if len(tokens) != len(tree.targets):
         raise ElmError(f"{len(tokens)} inputs, but choices for {len(tree.targets)}")
@@ -267,7 +290,7 @@ def choice_log_probs(
 
     Source: Jang et al. (2023), evaluation of the unseen tasks, after Sanh et al. (2022), section 5.
     """
-    tokens, tree, counts = _prepare(model, encoder_input_tokens, choices, eos_id)
+    tokens, tree, counts = prepare_choices(model, encoder_input_tokens, choices, eos_id)
     return _tree_log_probs(model, variables, tokens, tree), counts
 
 
@@ -298,7 +321,7 @@ def stacked_choice_log_probs(
     Raises:
       ElmError: as `choice_log_probs`.
     """
-    tokens, tree, counts = _prepare(model, encoder_input_tokens, choices, eos_id)
+    tokens, tree, counts = prepare_choices(model, encoder_input_tokens, choices, eos_id)
     return _stacked_tree_log_probs(model, spec, params, experts, tokens, tree), counts
 
 

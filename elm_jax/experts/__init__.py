@@ -10,11 +10,14 @@ from elm_jax.experts.apply import (
 )
 from elm_jax.experts.export import export_expert
 from elm_jax.experts.merging import WeightSearch, merge, merge_trees, search_weights
+from elm_jax.experts.pool import ExpertPool
+from elm_jax.experts.routing import route
 from elm_jax.experts.store import ExpertInfo, ExpertStore, check_backbone, expert_id
 from elm_jax.experts.tree import checksum, count_parameters, flatten, stack, unflatten, unstack
 
 __all__ = [
     "ExpertInfo",
+    "ExpertPool",
     "ExpertStore",
     "WeightSearch",
     "bind_variables",
@@ -31,6 +34,7 @@ __all__ = [
     "logical_axes",
     "merge",
     "merge_trees",
+    "route",
     "search_weights",
     "stack",
     "unflatten",

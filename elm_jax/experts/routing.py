@@ -146,7 +146,9 @@ def choose_form(batch: int, experts: int, size: int) -> str:
     return "grouped" if crowded and batch * size > GATHERED_BYTES else "gathered"
 
 
-def route(config: T5Config, experts: Tree, places: Array, *, form: str = "auto") -> Tree:
+def route(
+    config: T5Config, experts: Tree, places: Array | np.ndarray, *, form: str = "auto"
+) -> Tree:
     """Gives every example of a batch its expert; pure, so it may be traced.
 
     Args:
@@ -166,7 +168,7 @@ def route(config: T5Config, experts: Tree, places: Array, *, form: str = "auto")
       ElmError: for an unknown form.
     """
     check_form(form)
-    arrays = flatten(experts)
+    places, arrays = jnp.asarray(places), flatten(experts)
     stacked = next(iter(arrays.values())).shape[0]
     if form == "auto":
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in arrays.values()) // stacked
