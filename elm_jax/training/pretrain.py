@@ -17,7 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from elm_jax.checkpoints.backbone import Backbone, initialize, save_backbone
+from elm_jax.checkpoints.backbone import (
+    Backbone,
+    check_params,
+    initialize,
+    load_backbone,
+    save_backbone,
+)
 from elm_jax.checkpoints.fingerprint import fingerprint
 from elm_jax.data.corpus import DenoisingStream, load_corpus, read_paragraphs, text_files
 from elm_jax.data.vocabulary import Vocabulary, train_vocabulary
@@ -88,6 +94,7 @@ def pretrain(
     vocabulary: str | Path | None = None,
     run: PretrainConfig | None = None,
     model_dir: str | Path,
+    initial: str | Path | None = None,
     storage_dtype: str = "float32",
     mesh: Mesh | None = None,
     progress: Progress | None = None,
@@ -102,23 +109,27 @@ def pretrain(
       vocabulary: SentencePiece model; trained on the corpus where None.
       run: steps, batch, lengths, optimizer.
       model_dir: folder for checkpoints and metrics.
+      initial: a backbone of the same sizes to go on from, with its vocabulary; random weights
+        where None.
       storage_dtype: dtype of the stored arrays, 'float32' or 'bfloat16'.
       mesh: where to run.
       progress: called after each record, as in `train_stack`.
 
     Raises:
       FileExistsError: if `output` exists.
-      ElmError: if vocabulary and config disagree, or the texts are too short.
+      ElmError: if vocabulary, config or initial backbone disagree, or the texts are too short.
     """
     run = run or PretrainConfig()
     output, model_dir = Path(output), Path(model_dir)
     if output.exists():
         raise FileExistsError(f"{output} exists; a backbone is never overwritten")
     model_dir.mkdir(parents=True, exist_ok=True)
-    vocab = _vocabulary(Path(corpus), vocabulary, config.vocab_size, model_dir)
+    begin = initialize(config, run.seed) if initial is None else _initial(initial, config)
+    given = vocabulary if vocabulary is not None else begin.vocabulary_path
+    vocab = _vocabulary(Path(corpus), given, config.vocab_size, model_dir)
     text = load_corpus(corpus, vocab, heldout_fraction=run.heldout_fraction, cache=model_dir)
     started = time.monotonic()
-    params = initialize(config, run.seed).params
+    params = begin.params
     losses: dict[str, Any] = {}
 
     def stream(objective: str, ids: np.ndarray, seed: int) -> DenoisingStream:
@@ -168,6 +179,7 @@ def pretrain(
     save_backbone(backbone, output)
     facts: dict[str, Any] = {
         "name": name,
+        "initial": begin.fingerprint if initial is not None else None,
         "parameters": count_parameters(params),
         "steps": dict(zip(OBJECTIVES, run.steps, strict=True)),
         "batch_size": run.batch_size,
@@ -182,6 +194,13 @@ def pretrain(
         "fingerprint": backbone.fingerprint,
     }
     return Pretrained(backbone, output, facts)
+
+
+def _initial(path: str | Path, config: T5Config) -> Backbone:
+    """Loads the backbone to go on from; its arrays must be those of `config`."""
+    loaded = load_backbone(path)
+    check_params(config, loaded.params, path)
+    return loaded
 
 
 def _vocabulary(corpus: Path, given: str | Path | None, size: int, model_dir: Path) -> Vocabulary:
