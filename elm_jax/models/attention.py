@@ -60,13 +60,17 @@ def cudnn_takes(query: Array, keys: Array) -> bool:
     It does on CUDA, in bfloat16, with a head dim of at most 128 that 8 divides, and even lengths.
     """
     return (
-        "cuda" in backend.get_backend().platform_version.lower()
+        _on_cuda()
         and query.dtype == jnp.bfloat16
         and query.shape[-1] <= 128
         and query.shape[-1] % 8 == 0
         and query.shape[-2] % 2 == 0
         and keys.shape[-2] % 2 == 0
     )
+
+
+def _on_cuda() -> bool:
+    return "cuda" in backend.get_backend().platform_version.lower()
 
 
 def attend(
