@@ -16,12 +16,24 @@ def add_parser(subparsers: Any) -> None:
         help="merge experts into a new one",
         example="elm-jax merge store rte cb --weights 0.7,0.3 --output-id rte_cb",
         description="Adds theta_pre + sum_i lambda_i tau_i (task arithmetic) to the store; the "
-        "weights are uniform (1 / N), given, or searched on held-out examples with --search.",
+        "weights are uniform, given, or searched on held-out examples with --search. --method "
+        "thins the experts out first (TIES, DARE).",
     )
     parser.add_argument("store", metavar="STORE")
     parser.add_argument("ids", metavar="ID", nargs="+", help="two experts or more")
     parser.add_argument("--weights", type=common.floats, metavar="L1,L2,...")
     parser.add_argument("--output-id", required=True, metavar="NEW", help="id of the result")
+    parser.add_argument(
+        "--method",
+        choices=("task_arithmetic", "ties", "dare", "dare_ties"),
+        default="task_arithmetic",
+        help="(%(default)s)",
+    )
+    parser.add_argument(
+        "--density", type=float, help="share of entries kept; default 0.2 (ties), 0.1 (dare)"
+    )
+    parser.add_argument("--sign", choices=("total", "frequency"), default="total", help="of ties")
+    parser.add_argument("--seed", type=int, default=0, help="of dare (%(default)s)")
     search = parser.add_argument_group("search of the weights")
     search.add_argument(
         "--search", nargs="+", metavar="PATTERN", help="tasks on which to search the weights"
@@ -39,11 +51,12 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Merges, after a search where asked for."""
     from elm_jax.errors import ElmError
-    from elm_jax.experts import ExpertStore, merge
+    from elm_jax.experts import ExpertStore, MergeSpec, merge
 
     store = ExpertStore(args.store)
     if args.search and args.weights:
         raise ElmError("--weights and --search exclude each other")
+    spec = MergeSpec(args.method, args.density, args.sign, args.seed)
     weights = args.weights
     settings: dict[str, Any] = {}
     tried: tuple[tuple[tuple[float, ...], float], ...] = ()
@@ -59,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
                 args.ids,
                 args.backbone,
                 args.search,
+                spec=spec,
                 split=args.search_split,
                 max_examples=args.search_examples,
                 answer_choices=args.answer_choices,
@@ -68,7 +82,9 @@ def run(args: argparse.Namespace) -> int:
             bar.close()
         weights, tried = found.weights, found.tried
         settings = {"search": {"tasks": args.search, "score": found.score, "tried": len(tried)}}
-    info = merge(store, args.ids, output_id=args.output_id, weights=weights, settings=settings)
+    info = merge(
+        store, args.ids, output_id=args.output_id, weights=weights, spec=spec, settings=settings
+    )
     if args.json:
         curve = [{"weights": list(w), "score": s} for w, s in tried]
         common.print_json({**info.to_json(), "search_curve": curve})

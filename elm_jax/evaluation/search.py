@@ -10,7 +10,7 @@ from elm_jax.checkpoints.backbone import Backbone, load_backbone
 from elm_jax.data.examples import find_tasks
 from elm_jax.errors import ElmError
 from elm_jax.evaluation.evaluate import EvaluationOptions, make_units, score_examples
-from elm_jax.experts import ExpertStore, WeightSearch, merge_trees, search_weights
+from elm_jax.experts import ExpertStore, MergeSpec, WeightSearch, merge_trees, search_weights
 from elm_jax.training.experts import backbone_vocabulary
 
 
@@ -20,6 +20,7 @@ def search_on_tasks(
     backbone: Backbone | str,
     tasks: Sequence[str],
     *,
+    spec: MergeSpec | None = None,
     split: str | None = None,
     max_examples: int | None = 64,
     answer_choices: str = "given",
@@ -32,6 +33,7 @@ def search_on_tasks(
       ids: the experts, of one spec.
       backbone: what they run on.
       tasks: patterns of tasks.
+      spec: the method of the merge; task arithmetic by default.
       split: which examples; 'validation', or 'train' where a task has none, by default. The test
         split is not taken unless it is named.
       max_examples: examples per task.
@@ -45,9 +47,9 @@ def search_on_tasks(
     vocabulary = backbone_vocabulary(backbone)
     identity = {"name": backbone.name, "fingerprint": backbone.fingerprint}
     loaded = [store.load(name, backbone=identity) for name in ids]
-    spec = loaded[0][0].spec
+    expert_spec = loaded[0][0].spec
     for info, _ in loaded:
-        if info.spec != spec:
+        if info.spec != expert_spec:
             raise ElmError(f"experts {ids[0]!r} and {info.id!r} cannot be merged: specs differ")
     options = EvaluationOptions(answer_choices=answer_choices, max_examples=max_examples)
     units = []
@@ -63,10 +65,10 @@ def search_on_tasks(
     best: list[float] = []
 
     def score(weights: tuple[float, ...]) -> float:
-        merged = merge_trees(trees, weights)
+        merged = merge_trees(trees, weights, spec, ids)
         means = [
             score_examples(
-                unit, vocabulary, options, backbone.config, backbone.params, spec, [merged]
+                unit, vocabulary, options, backbone.config, backbone.params, expert_spec, [merged]
             )[0].mean()
             for unit in units
         ]

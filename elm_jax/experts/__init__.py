@@ -1,5 +1,6 @@
-"""Experts as data: specs, arrays, the store on disk, merging and export."""
+"""Experts as data: specs, arrays, the store on disk, merging, import and export."""
 
+from elm_jax.experts.adapterhub import load_adapters_expert, save_adapters_expert
 from elm_jax.experts.apply import (
     bind_variables,
     check_expert,
@@ -9,9 +10,12 @@ from elm_jax.experts.apply import (
     logical_axes,
 )
 from elm_jax.experts.export import export_expert
-from elm_jax.experts.merging import WeightSearch, merge, merge_trees, search_weights
+from elm_jax.experts.imports import import_expert
+from elm_jax.experts.merging import MergeSpec, WeightSearch, merge, merge_trees, search_weights
+from elm_jax.experts.peft import load_peft_expert, save_peft_expert
 from elm_jax.experts.pool import ExpertPool
 from elm_jax.experts.routing import route
+from elm_jax.experts.statistics import expert_cosines, expert_statistics
 from elm_jax.experts.store import ExpertInfo, ExpertStore, check_backbone, expert_id
 from elm_jax.experts.tree import checksum, count_parameters, flatten, stack, unflatten, unstack
 
@@ -19,6 +23,7 @@ __all__ = [
     "ExpertInfo",
     "ExpertPool",
     "ExpertStore",
+    "MergeSpec",
     "WeightSearch",
     "bind_variables",
     "check_backbone",
@@ -26,15 +31,22 @@ __all__ = [
     "checksum",
     "count_expert_parameters",
     "count_parameters",
+    "expert_cosines",
     "expert_id",
     "expert_shapes",
+    "expert_statistics",
     "export_expert",
     "flatten",
+    "import_expert",
     "init_expert",
+    "load_adapters_expert",
+    "load_peft_expert",
     "logical_axes",
     "merge",
     "merge_trees",
     "route",
+    "save_adapters_expert",
+    "save_peft_expert",
     "search_weights",
     "stack",
     "unflatten",

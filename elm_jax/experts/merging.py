@@ -1,6 +1,7 @@
 """Merging experts: task arithmetic, theta_pre + sum_i lambda_i tau_i (Jang et al. 2023, eq. 4).
 
-A `full` expert is its task vector, so merging is a weighted sum for every kind alike.
+A `full` expert is its task vector, so merging is a weighted sum for every kind alike. TIES and DARE
+thin the experts out first; each works on one array at a time, so nothing larger is ever held.
 """
 
 from __future__ import annotations
@@ -9,26 +10,82 @@ import dataclasses
 import itertools
 import math
 import tempfile
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from elm_jax.errors import ElmError
+from elm_jax.errors import ElmError, nearest
 from elm_jax.experts.store import ExpertInfo, ExpertStore, check_checksum, check_id
 from elm_jax.experts.tree import Checksum, Tree, check_shapes, flatten, unflatten
 from elm_jax.models import spec_to_json
 
+METHODS = ("task_arithmetic", "ties", "dare", "dare_ties")
+SIGNS = ("total", "frequency")
 
-def check_weights(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
-    """Returns one finite weight per expert; uniform (1 / N) when none are given.
 
-    >>> check_weights(None, 4)
-    (0.25, 0.25, 0.25, 0.25)
+@dataclasses.dataclass(frozen=True)
+class MergeSpec:
+    """How experts are merged, with weights w_i.
+
+    'task_arithmetic': sum_i w_i tau_i. 'ties': of each array the entries largest in magnitude are
+    kept, a sign is elected for each entry, and the mean of w_i tau_i is taken over the experts that
+    kept the entry with that sign (Yadav et al. 2023, section 3). 'dare': entries are dropped at
+    random and the rest divided by the density, then summed (Yu et al. 2024, section 3).
+    'dare_ties': dropped as in DARE, merged as in TIES. On LoRA they act on each factor by itself,
+    as PEFT's do.
+
+    Attributes:
+      method: one of `METHODS`.
+      density: share of the entries of each array that is kept, in (0, 1]; by default all for task
+        arithmetic, 0.2 for TIES and 0.1 for DARE, as in their papers.
+      sign: 'total' elects the sign of the sum, 'frequency' that of most experts; 0 counts as +.
+      seed: of DARE's draws; a draw depends on it, the expert's name and the array's path alone.
+    """
+
+    method: str = "task_arithmetic"
+    density: float | None = None
+    sign: str = "total"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field, accepted in (("method", METHODS), ("sign", SIGNS)):
+            value = getattr(self, field)
+            if value not in accepted:
+                raise ElmError(
+                    f"merge {field} {value!r} is unknown{nearest(str(value), accepted)}; "
+                    f"accepted: {', '.join(accepted)}"
+                )
+        default = {"task_arithmetic": 1.0, "ties": 0.2}.get(self.method, 0.1)
+        density = default if self.density is None else float(self.density)
+        object.__setattr__(self, "density", density)
+        if not 0 < density <= 1:
+            raise ElmError(f"merge density must be in (0, 1], got {self.density!r}")
+        if self.method == "task_arithmetic" and density != 1:
+            raise ElmError(
+                f"task_arithmetic keeps every entry; density {density} needs {METHODS[1:]}"
+            )
+
+    @property
+    def elects(self) -> bool:
+        """Whether a sign is elected, and a mean taken in place of a sum."""
+        return self.method in ("ties", "dare_ties")
+
+
+def check_weights(
+    weights: Sequence[float] | None, count: int, spec: MergeSpec | None = None
+) -> tuple[float, ...]:
+    """Returns one finite weight per expert.
+
+    Where none are given they are 1 / N, or 1 for the methods that take a mean themselves.
+
+    >>> check_weights(None, 4), check_weights(None, 2, MergeSpec('ties'))
+    ((0.25, 0.25, 0.25, 0.25), (1.0, 1.0))
     """
     if weights is None:
-        return (1.0 / count,) * count
+        return (1.0 if spec is not None and spec.elects else 1.0 / count,) * count
     if len(weights) != count:
         raise ElmError(f"{len(weights)} weights were given for {count} experts")
     if not all(math.isfinite(w) for w in weights):
@@ -36,8 +93,19 @@ def check_weights(weights: Sequence[float] | None, count: int) -> tuple[float, .
     return tuple(float(w) for w in weights)
 
 
-def merge_trees(trees: Sequence[Tree], weights: Sequence[float] | None = None) -> Tree:
-    """Returns sum_i weights_i * trees_i, summed in float32 and kept in the first tree's dtypes.
+def merge_trees(
+    trees: Sequence[Tree],
+    weights: Sequence[float] | None = None,
+    spec: MergeSpec | None = None,
+    names: Sequence[str] | None = None,
+) -> Tree:
+    """Merges trees of arrays, in float32; the result has the first tree's dtypes.
+
+    Args:
+      trees: one or more, of equal paths and shapes.
+      weights: w_i; see `check_weights`.
+      spec: the method; task arithmetic by default.
+      names: of the experts, which DARE's draws depend on; '0', '1', ... by default.
 
     Raises:
       ElmError: if the trees differ in paths or shapes, or the weights in number.
@@ -47,19 +115,87 @@ def merge_trees(trees: Sequence[Tree], weights: Sequence[float] | None = None) -
     """
     if not trees:
         raise ElmError("nothing to merge: no experts were given")
-    lambdas = check_weights(weights, len(trees))
+    spec = spec or MergeSpec()
+    lambdas = check_weights(weights, len(trees), spec)
+    labels = [str(i) for i in range(len(trees))] if names is None else list(names)
     for i, tree in enumerate(trees[1:], start=1):
         check_shapes(f"expert {i}", tree, trees[0])
     flats = [flatten(tree) for tree in trees]
-    return unflatten({path: _weighted_sum([f[path] for f in flats], lambdas) for path in flats[0]})
+    merged = {}
+    for path, first in flats[0].items():
+        total = _combine(
+            lambda i, path=path: np.asarray(flats[i][path]),  # type: ignore[misc]
+            labels,
+            path,
+            lambdas,
+            spec,
+        )
+        merged[path] = total.astype(np.asarray(first).dtype)
+    return unflatten(merged)
 
 
-def _weighted_sum(arrays: Sequence[Any], weights: Sequence[float]) -> np.ndarray:
-    first = np.asarray(arrays[0])
-    total = np.zeros(first.shape, np.float32)
-    for array, weight in zip(arrays, weights, strict=True):
-        total += np.float32(weight) * np.asarray(array, dtype=np.float32)
-    return total.astype(first.dtype)
+def thin(array: np.ndarray, spec: MergeSpec, name: str, path: str) -> np.ndarray:
+    """Sets the entries to zero that `spec` does not keep of one expert's array.
+
+    Args:
+      array: float32, any shape.
+      spec: by magnitude (TIES: the int(density * n) largest), or at random (DARE), rescaled.
+      name: the expert's.
+      path: the array's.
+
+    Returns:
+      float32 of the same shape.
+    """
+    density = float(spec.density or 1.0)
+    if density == 1:
+        return array
+    if spec.method == "ties":
+        kept = int(density * array.size)
+        mask = np.zeros(array.size, bool)
+        if kept:
+            mask[np.argpartition(np.abs(array).ravel(), -kept)[-kept:]] = True
+        return np.where(mask.reshape(array.shape), array, np.float32(0))
+    draws = np.random.default_rng([spec.seed, zlib.crc32(name.encode()), zlib.crc32(path.encode())])
+    mask = draws.random(array.shape, np.float32) < density
+    return np.where(mask, array / np.float32(density), np.float32(0))
+
+
+def _combine(
+    read: Callable[[int], np.ndarray],
+    names: Sequence[str],
+    path: str,
+    weights: Sequence[float],
+    spec: MergeSpec,
+) -> np.ndarray:
+    """Merges one array of all experts, of which few are held at a time; float32.
+
+    Args:
+      read: reads the array of the i-th expert; called twice where a sign is elected.
+      names: of the experts.
+      path: of the array.
+      weights: w_i.
+      spec: the method.
+    """
+
+    def thinned(i: int) -> np.ndarray:
+        return thin(np.asarray(read(i), np.float32), spec, names[i], path)
+
+    total = np.zeros(np.shape(read(0)), np.float32)
+    if not spec.elects:
+        for i, weight in enumerate(weights):
+            total += np.float32(weight) * thinned(i)
+        return total
+    ballot = np.zeros_like(total)
+    for i in range(len(names)):
+        ballot += thinned(i) if spec.sign == "total" else np.sign(thinned(i))
+    elected = np.where(ballot >= 0, np.float32(1), np.float32(-1))
+    count = np.zeros_like(total)
+    for i, weight in enumerate(weights):
+        array = thinned(i)
+        agrees = np.sign(array) == elected
+        total += np.where(agrees, np.float32(weight) * array, np.float32(0))
+        count += agrees
+    return total / np.maximum(count, np.float32(1))
 
 
 def merge(
@@ -68,6 +204,7 @@ def merge(
     *,
     output_id: str,
     weights: Sequence[float] | None = None,
+    spec: MergeSpec | None = None,
     settings: dict[str, Any] | None = None,
 ) -> ExpertInfo:
     """Merges experts of a store into a new one.
@@ -79,7 +216,8 @@ def merge(
       store: holds the experts and takes the result.
       ids: two experts or more, of one spec and one backbone.
       output_id: id of the result.
-      weights: lambda_i; uniform (1 / N) by default.
+      weights: lambda_i; uniform by default, see `check_weights`.
+      spec: the method; task arithmetic by default.
       settings: further facts to record, such as how the weights were found.
 
     Returns:
@@ -93,7 +231,8 @@ def merge(
     if len(ids) < 2 or len(set(ids)) != len(ids):
         raise ElmError(f"merging needs at least two different experts, got {list(ids)}")
     check_id(output_id)
-    lambdas = check_weights(weights, len(ids))
+    spec = spec or MergeSpec()
+    lambdas = check_weights(weights, len(ids), spec)
     if output_id in store:
         raise FileExistsError(f"{store.path / output_id} already exists")
     infos = [store.info(name) for name in ids]
@@ -116,11 +255,16 @@ def merge(
         merged: dict[str, np.ndarray] = {}
         checksums = {name: Checksum() for name in ids}
         for i, path in enumerate(shapes[ids[0]]):
-            total = np.zeros(shapes[ids[0]][path].shape, np.float32)
-            for name, weight in zip(ids, lambdas, strict=True):
-                array = flatten(store.params(name, [path]))[path]
-                checksums[name].add(path, array)
-                total += np.float32(weight) * array.astype(np.float32)
+            seen: set[int] = set()
+
+            def read(j: int, path: str = path, seen: set[int] = seen) -> np.ndarray:
+                array: np.ndarray = flatten(store.params(ids[j], [path]))[path]
+                if j not in seen:
+                    seen.add(j)
+                    checksums[ids[j]].add(path, array)
+                return array
+
+            total = _combine(read, ids, path, lambdas, spec)
             file = Path(folder) / f"{i}.npy"
             np.save(file, total.astype(shapes[ids[0]][path].dtype))
             merged[path] = np.load(file, mmap_mode="r", allow_pickle=False)
@@ -132,7 +276,7 @@ def merge(
             tasks=tuple(dict.fromkeys(t for i in infos for t in i.tasks)),
             prompts=tuple(dict.fromkeys(p for i in infos for p in i.prompts)),
             backbone=first.backbone,
-            settings=settings or {},
+            settings={**(settings or {}), "merge": dataclasses.asdict(spec)},
             merged_from=[
                 {"id": i.id, "weight": w, "checksum": i.checksum}
                 for i, w in zip(infos, lambdas, strict=True)

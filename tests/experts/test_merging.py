@@ -13,6 +13,7 @@ from elm_jax.errors import ElmError
 from elm_jax.experts import (
     ExpertInfo,
     ExpertStore,
+    MergeSpec,
     bind_variables,
     expert_shapes,
     flatten,
@@ -21,6 +22,7 @@ from elm_jax.experts import (
     search_weights,
 )
 from elm_jax.experts.apply import backbone_shapes
+from elm_jax.experts.merging import thin
 from elm_jax.models import T5, T5Config, get_spec
 
 CONFIG = T5Config(
@@ -68,7 +70,7 @@ def test_merge_is_the_weighted_sum(kind: str, tmp_path: Path) -> None:
             flatten(merge_trees(trees, WEIGHTS))[path], flatten(merged)[path]
         )
     assert info.tasks == ("task_e0", "task_e1", "task_e2") and not info.multitask
-    assert info.prompts == ("p", "e0", "e1", "e2") and info.settings == {"how": "by hand"}
+    assert info.prompts == ("p", "e0", "e1", "e2") and info.settings["how"] == "by hand"
     assert [part["weight"] for part in info.merged_from] == list(WEIGHTS)
     assert info.merged_from[1]["checksum"] == store.info("e1").checksum
     assert [row["inputs"] for row in store.instances("sum")] == names
@@ -186,3 +188,73 @@ def test_search_finds_a_known_optimum() -> None:
 def test_search_keeps_the_first_of_equals() -> None:
     found = search_weights(lambda weights: 1.0, 2)
     assert found.weights == (0.25, 0.25) and found.score == 1.0
+
+
+def stacks(count: int = 5) -> list[np.ndarray]:
+    rng = np.random.default_rng(7)
+    return [rng.normal(size=(13, 11)).astype(np.float32) for _ in range(count)]
+
+
+@pytest.mark.parametrize("sign", ["total", "frequency"])
+@pytest.mark.parametrize("density", [0.1, 0.5, 1.0])
+def test_ties_is_pefts(sign: str, density: float) -> None:
+    merge_utils = pytest.importorskip("peft.utils.merge_utils", reason="peft is not installed")
+    import torch
+
+    arrays, weights = stacks(), (1.0, 0.5, 2.0, 1.0, -0.3)
+    tensors = [torch.from_numpy(a) for a in arrays]
+    expected = merge_utils.ties(tensors, torch.tensor(weights), density, sign).numpy()
+    spec = MergeSpec("ties", density, sign)
+    found = merge_trees([{"w": a} for a in arrays], weights, spec)["w"]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["dare", "dare_ties"])
+def test_dare_is_pefts_with_the_same_draws(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    merge_utils = pytest.importorskip("peft.utils.merge_utils", reason="peft is not installed")
+    import torch
+
+    arrays, weights = stacks(), (1.0, 0.5, 2.0, 1.0, -0.3)
+    spec = MergeSpec(method, 0.4)
+    masks = iter([thin(a, spec, str(i), "w") != 0 for i, a in enumerate(arrays)])
+    monkeypatch.setattr(torch, "bernoulli", lambda p: torch.from_numpy(next(masks)).to(p.dtype))
+    theirs = merge_utils.dare_linear if method == "dare" else merge_utils.dare_ties
+    expected = theirs([torch.from_numpy(a) for a in arrays], torch.tensor(weights), 0.4).numpy()
+    found = merge_trees([{"w": a} for a in arrays], weights, spec)["w"]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_dare_keeps_the_expectation_and_its_draws_are_its_own() -> None:
+    ones = np.ones((300, 300), np.float32)
+    spec = MergeSpec("dare", 0.25, seed=3)
+    first = thin(ones, spec, "a", "w")
+    assert set(np.unique(first)) == {0.0, 4.0} and abs(first.mean() - 1) < 0.05
+    np.testing.assert_array_equal(first, thin(ones, spec, "a", "w"))
+    for other in (thin(ones, spec, "b", "w"), thin(ones, spec, "a", "v")):
+        assert abs(np.mean((first > 0) & (other > 0)) - 1 / 16) < 0.01
+
+
+@pytest.mark.parametrize("method", ["ties", "dare", "dare_ties"])
+def test_stored_experts_merge_as_trees_do(method: str, tmp_path: Path) -> None:
+    store, names, trees = fill(tmp_path, "lora")
+    spec = MergeSpec(method, 0.5)
+    info = merge(store, names, output_id="new", spec=spec)
+    expected = flatten(merge_trees(trees, None, spec, names))
+    for path, array in flatten(store.load("new")[1]).items():
+        np.testing.assert_array_equal(array, expected[path])
+    assert info.settings["merge"]["method"] == method and store.verify("new") == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("tie",), "did you mean 'ties'"),
+        (("ties", 0.0), "density must be in (0, 1], got 0.0"),
+        (("task_arithmetic", 0.5), "keeps every entry"),
+        (("ties", 0.2, "most"), "accepted: total, frequency"),
+    ],
+)
+def test_bad_methods(arguments: tuple, said: str) -> None:
+    with pytest.raises(ElmError) as raised:
+        MergeSpec(*arguments)
+    assert said in str(raised.value)
