@@ -175,7 +175,9 @@ class ExpertPool:
         return expert
 
     def _unknown(self, name: str, known: Sequence[str]) -> ElmError:
-        where = f"the pool ({len(self)} of {self.capacity} places taken)"
+        where = f"in the pool ({len(self)} of {self.capacity} places taken)"
         if self.store is not None:
-            where += f" nor {self.store.path}"
-        return ElmError(f"expert {name!r} is not in {where}{nearest(str(name), known)}")
+            where = f"neither {where} nor in {self.store.path}"
+        else:
+            where = f"not {where}"
+        return ElmError(f"expert {name!r} is {where}{nearest(str(name), known)}")
