@@ -1,41 +1,50 @@
-"""Backbones in and out: an embedded one, our own folders, Hugging Face folders, random ones.
+"""Backbones in and out: an embedded one, folders of ours and of others, random ones.
 
 <folder>/config.json          format, name, T5Config, fingerprint
 <folder>/params.safetensors   t5x's parameter paths, 'encoder/layers_0/mlp/wo/kernel', ...
-<folder>/spiece.model         the vocabulary, where the backbone has one
+        or params/            the same as an Orbax pytree
+<folder>/spiece.model         the vocabulary, where the backbone has one; for bytes (ByT5) it is
+                              tokenizer_config.json, as in Hugging Face's folders
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import importlib.resources
-import json
+import math
 import os
 import shutil
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes  # noqa: F401  (gives numpy, and so safetensors, the dtype bfloat16)
 import numpy as np
 
 from elm_jax.checkpoints.fingerprint import fingerprint
+from elm_jax.checkpoints.infer import ConfigLike, infer_config
+from elm_jax.checkpoints.loading import check_dtype, load_params, storage_dtype
+from elm_jax.checkpoints.stored import StoredArray, open_safetensors
 from elm_jax.errors import ElmError, nearest
 from elm_jax.experts.apply import backbone_shapes
+from elm_jax.experts.files import new_folder, read_json, write_json
 from elm_jax.experts.tree import Tree, check_shapes, flatten, unflatten
 from elm_jax.models import T5, T5Config
+from elm_jax.models.config import RUN_FIELDS
+from elm_jax.models.scan import from_storage, to_storage
 from elm_jax.version import __version__
 
 FORMAT = "elm_jax backbone"
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
 PARAMS_FILE = "params.safetensors"
+PARAMS_FOLDER = "params"
+ARRAY_FORMATS = ("safetensors", "orbax")
 VOCABULARY_FILE = "spiece.model"
+BYTES_FILE = "tokenizer_config.json"
+BYTES_TOKENIZER = "ByT5Tokenizer"
 EMBEDDED = {"elm-tiny": "assets/elm_tiny"}
 """Backbones inside the package: name -> folder."""
 
@@ -47,9 +56,11 @@ class Backbone:
     Attributes:
       name: what tables and expert stores call it.
       config: sizes and variants.
-      params: nested dict of floating arrays under t5x's names.
+      params: nested dict of floating arrays under t5x's names, laid out as `config.scan_layers`
+        says.
       fingerprint: of the weights as stored, before any cast; see `fingerprint.fingerprint`.
-      vocabulary_path: the SentencePiece model, if the backbone comes with one.
+      vocabulary_path: the SentencePiece model, if the backbone comes with one; a JSON file that
+        names Hugging Face's ByT5Tokenizer where tokens are bytes. `data.load_vocabulary` reads it.
     """
 
     name: str
@@ -57,6 +68,35 @@ class Backbone:
     params: Tree = dataclasses.field(repr=False)
     fingerprint: str
     vocabulary_path: Path | None = None
+
+    def run_as(self, **changes: Any) -> Backbone:
+        """Returns the same backbone, to be run in another way.
+
+        Args:
+          **changes: fields of `RUN_FIELDS`, such as `scan_layers=True`, which lays the arrays out
+            anew, or `remat='minimal'`; `dtype` is that of the computation alone.
+
+        Raises:
+          ElmError: for a field that says what the backbone is, or how its arrays are quantised.
+        """
+        accepted = [name for name in RUN_FIELDS if name != "quantization"]
+        for name in changes:
+            if name not in accepted:
+                raise ElmError(
+                    f"{name!r} is no way to run a backbone{nearest(name, accepted)}; "
+                    f"accepted: {', '.join(accepted)}"
+                )
+        config, params = self.config.replace(**changes), self.params
+        if config.scan_layers != self.config.scan_layers:
+            params = from_storage(to_storage(params, self.config), config)
+        return dataclasses.replace(self, config=config, params=params)
+
+    def cast(self, dtype: str) -> Backbone:
+        """Returns the backbone with its weights and computation in 'float32' or 'bfloat16'."""
+        check_dtype(dtype)
+        return dataclasses.replace(
+            self, config=self.config.replace(dtype=dtype), params=cast_params(self.params, dtype)
+        )
 
 
 def initialize(config: T5Config, seed: int) -> Backbone:
@@ -76,7 +116,9 @@ def _init_params(config: T5Config, key: jax.Array) -> Tree:
     return T5(config).init(key, tokens, tokens)["params"]
 
 
-def save_backbone(backbone: Backbone, path: str | os.PathLike[str]) -> Path:
+def save_backbone(
+    backbone: Backbone, path: str | os.PathLike[str], *, arrays: str = "safetensors"
+) -> Path:
     """Writes a backbone folder, whole or not at all.
 
     Arrays keep their dtype. The fingerprint written is that of the arrays written, so a backbone
@@ -84,7 +126,8 @@ def save_backbone(backbone: Backbone, path: str | os.PathLike[str]) -> Path:
 
     Args:
       backbone: what to write.
-      path: a folder that is not there yet.
+      path: a folder that is not there yet, or is empty.
+      arrays: 'safetensors', or 'orbax' for an Orbax pytree.
 
     Returns:
       The folder.
@@ -95,36 +138,122 @@ def save_backbone(backbone: Backbone, path: str | os.PathLike[str]) -> Path:
     """
     from safetensors.numpy import save_file
 
+    if arrays not in ARRAY_FORMATS:
+        raise ElmError(
+            f"unknown arrays {arrays!r}{nearest(arrays, ARRAY_FORMATS)}; one of {ARRAY_FORMATS}"
+        )
     check_params(backbone.config, backbone.params, backbone.name)
-    arrays = {k: np.ascontiguousarray(v) for k, v in flatten(backbone.params).items()}
+    stored = to_storage(backbone.params, backbone.config)
+    flat = {k: np.ascontiguousarray(v) for k, v in flatten(stored).items()}
+    config = backbone.config.replace(scan_layers=False)
     description = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "elm_jax": __version__,
         "name": backbone.name,
-        "config": backbone.config.to_json(),
-        "fingerprint": fingerprint(backbone.config, unflatten(arrays)),
+        "config": config.to_json(),
+        "fingerprint": fingerprint(config, unflatten(flat)),
     }
     with new_folder(path) as folder:
-        save_file(arrays, folder / PARAMS_FILE)
-        if backbone.vocabulary_path is not None:
-            shutil.copyfile(backbone.vocabulary_path, folder / VOCABULARY_FILE)
+        if arrays == "orbax":
+            from elm_jax.checkpoints.orbax import save_orbax
+
+            save_orbax(unflatten(flat), folder / PARAMS_FOLDER)
+        else:
+            save_file(flat, folder / PARAMS_FILE)
+        write_vocabulary(backbone, folder)
         write_json(folder / CONFIG_FILE, description)
     return Path(path)
 
 
+def stored_form(backbone: Backbone) -> tuple[T5Config, Tree]:
+    """Returns a backbone's config and arrays as every format stores them: NumPy, per layer.
+
+    Raises:
+      ElmError: when arrays do not fit the config, or are quantised.
+    """
+    config = backbone.config
+    if config.quantization is not None:
+        raise ElmError(
+            f"backbone {backbone.name!r} is quantised ({config.quantization}), which is a way to "
+            "run it; write the backbone that it was made from"
+        )
+    check_params(config, backbone.params, backbone.name)
+    stored = to_storage(backbone.params, config)
+    arrays = {path: np.asarray(array) for path, array in flatten(stored).items()}
+    return config.replace(scan_layers=False), unflatten(arrays)
+
+
+def write_vocabulary(backbone: Backbone, folder: Path) -> None:
+    """Puts the vocabulary of a backbone, if it has one, into a folder."""
+    path = backbone.vocabulary_path
+    if path is None:
+        return
+    if path.suffix != ".json":
+        shutil.copyfile(path, folder / VOCABULARY_FILE)
+        return
+    kept = {key: x for key, x in read_json(path).items() if key in ("tokenizer_class", "extra_ids")}
+    write_json(folder / BYTES_FILE, kept)
+
+
+def find_vocabulary(folder: Path) -> Path | None:
+    """Returns a folder's vocabulary: a SentencePiece model, or a JSON file that names bytes."""
+    if (folder / VOCABULARY_FILE).is_file():
+        return folder / VOCABULARY_FILE
+    for name in (BYTES_FILE, CONFIG_FILE):
+        path = folder / name
+        if path.is_file() and read_json(path).get("tokenizer_class") == BYTES_TOKENIZER:
+            return path
+    return None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source:
+    """A backbone on disk of which no array was read yet.
+
+    Attributes:
+      folder: where it is.
+      format: 'own', 'orbax', 'huggingface' or 't5x'.
+      name: what the backbone will be called.
+      config: sizes and variants.
+      arrays: path -> stored array, per layer; paths and shapes are those of the config.
+      vocabulary_path: see `Backbone`.
+      fingerprint: where the folder says it.
+    """
+
+    folder: Path
+    format: str
+    name: str
+    config: T5Config
+    arrays: Mapping[str, StoredArray] = dataclasses.field(repr=False)
+    vocabulary_path: Path | None
+    fingerprint: str | None = None
+
+
 def load_backbone(
-    name_or_path: str | os.PathLike[str], *, dtype: str | None = None, on_host: bool = False
+    name_or_path: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    on_host: bool = False,
+    shardings: Tree | Callable[[T5Config], Tree] | None = None,
+    config: ConfigLike = None,
 ) -> Backbone:
-    """Loads an embedded backbone, a folder of `save_backbone`, or a Hugging Face T5 or mT5.
+    """Loads a backbone, array by array.
 
     Args:
-      name_or_path: 'elm-tiny', or a folder.
+      name_or_path: 'elm-tiny', or a folder: one of `save_backbone`; a Hugging Face T5 or mT5
+        (T5 1.0, 1.1, LM-adapt, T0, FLAN-T5, mT5, ByT5; safetensors, sharded or not); a T5X
+        checkpoint (`checkpoint_<step>`, either layout, of its networks `t5` and `scalable_t5`); or
+        an Orbax pytree of parameters.
       dtype: 'float32' or 'bfloat16' for computation and weights, None to keep both as stored.
         With 'bfloat16', arrays which the model reads in float32 (layer norms, position biases)
         stay so, hence logits equal those of bfloat16 computation from float32 weights.
       on_host: keep numpy arrays, for a backbone that is sharded over devices afterwards; by
         default they are put on the default device.
+      shardings: a sharding for each parameter, or a function from the config to these, so that
+        arrays go straight onto a mesh; see `training.backbones.load_backbone_on_mesh`.
+      config: for a T5X checkpoint or Orbax pytree, which hold no config, what `infer_config` cannot
+        find out: a T5Config, some of its fields, or a gin file.
 
     Returns:
       The backbone; its fingerprint is that of the stored weights.
@@ -133,25 +262,71 @@ def load_backbone(
       ElmError: for an unknown name, or a folder that is damaged or of another format.
       FileNotFoundError: when the path or one of its files is missing.
     """
-    folder = _locate(name_or_path)
-    description = read_json(folder / CONFIG_FILE)
-    if description.get("format") == FORMAT:
-        backbone = _load_own(folder, description)
-    elif "model_type" in description:
-        from elm_jax.checkpoints.huggingface import from_huggingface
+    check_dtype(dtype)
+    source = open_backbone(name_or_path, config=config)
+    placed = shardings(source.config) if callable(shardings) else shardings
+    if placed is not None:
+        if on_host:
+            raise ElmError("on_host and shardings exclude each other")
+        check_shapes("the tree of shardings", _shapes(source, placed), unflatten(source.arrays))
+    params, found = load_params(
+        source.config, source.arrays, dtype=dtype, shardings=placed, on_host=on_host
+    )
+    if source.fingerprint not in (None, found):
+        raise ElmError(
+            f"{source.folder}: fingerprint of the weights is {found[:23]}, but {CONFIG_FILE} says "
+            f"{source.fingerprint[:23]}; the folder is damaged or was edited"
+        )
+    run = source.config if dtype is None else source.config.replace(dtype=dtype)
+    return Backbone(source.name, run, params, found, source.vocabulary_path)
 
-        backbone = from_huggingface(folder)
-    else:
+
+def _shapes(source: Source, placed: Tree) -> Tree:
+    """Returns the shapes under the paths of a tree of shardings, to compare the paths."""
+    nothing = jax.ShapeDtypeStruct((), np.float32)
+    return unflatten({path: source.arrays.get(path, nothing) for path in flatten(placed)})
+
+
+def open_backbone(name_or_path: str | os.PathLike[str], *, config: ConfigLike = None) -> Source:
+    """Opens a backbone and checks names and shapes; see `load_backbone`."""
+    folder = _locate(name_or_path)
+    if (folder / CONFIG_FILE).is_file():
+        description = read_json(folder / CONFIG_FILE)
+        if config is not None:
+            raise ElmError(f"{folder / CONFIG_FILE} is the config; another one was given")
+        if description.get("format") == FORMAT:
+            return _open_own(folder, description)
+        if "model_type" in description:
+            from elm_jax.checkpoints.huggingface import open_huggingface
+
+            return open_huggingface(folder)
         raise ElmError(
             f"{folder / CONFIG_FILE}: neither 'format': {FORMAT!r} nor a Hugging Face 'model_type'"
         )
-    config, params = backbone.config, backbone.params
-    if dtype is not None:
-        config = config.replace(dtype=dtype)
-        params = cast_params(params, dtype)
-    if not on_host:
-        params = jax.tree.map(jnp.asarray, params)
-    return dataclasses.replace(backbone, config=config, params=params)
+    from elm_jax.checkpoints import t5x
+
+    if t5x.is_t5x(folder):
+        arrays = t5x.open_t5x(folder)
+        found = infer_config(arrays, folder, config)
+        found = found.replace(scan_layers=False, quantization=None)
+        check_arrays(found, arrays, folder)
+        vocabulary = find_vocabulary(folder)
+        return Source(folder, "t5x", _t5x_name(folder), found, arrays, vocabulary)
+    if steps := t5x.steps(folder):
+        raise ElmError(
+            f"{folder} holds checkpoints of T5X; name one of them, such as "
+            f"{folder / f'checkpoint_{steps[-1]}'}"
+        )
+    raise FileNotFoundError(
+        f"{folder}: no {CONFIG_FILE} (ours or Hugging Face's), and no checkpoint of T5X or Orbax"
+    )
+
+
+def _t5x_name(folder: Path) -> str:
+    """Returns '<run>-<step>' for a checkpoint in a run's folder, else the folder's name."""
+    path = folder.resolve()
+    prefix, _, step = path.name.partition("checkpoint_")
+    return f"{path.parent.name}-{step}" if not prefix and step and path.parent.name else path.name
 
 
 def _locate(name_or_path: str | os.PathLike[str]) -> Path:
@@ -178,8 +353,8 @@ def _locate(name_or_path: str | os.PathLike[str]) -> Path:
     raise FileNotFoundError(f"{path}: no such backbone folder{nearest(path.name, siblings)}")
 
 
-def _load_own(folder: Path, description: dict[str, Any]) -> Backbone:
-    """Reads a folder of `save_backbone` and checks it."""
+def _open_own(folder: Path, description: dict[str, Any]) -> Source:
+    """Opens a folder of `save_backbone`."""
     where = folder / CONFIG_FILE
     for key in ("format_version", "name", "config", "fingerprint"):
         if key not in description:
@@ -189,22 +364,80 @@ def _load_own(folder: Path, description: dict[str, Any]) -> Backbone:
             f"{where}: format_version {description['format_version']!r}, but this elm_jax reads "
             f"{FORMAT_VERSION}; upgrade elm_jax, or save the backbone again"
         )
+    name, digest = description["name"], description["fingerprint"]
+    if not isinstance(name, str) or not isinstance(digest, str):
+        raise ElmError(f"{where}: keys 'name' and 'fingerprint' should be strings")
     try:
         config = T5Config.from_json(description["config"])
+        config = config.replace(scan_layers=False, quantization=None)
     except (ElmError, TypeError) as error:
         raise ElmError(f"{where}: {error}") from error
-    params = unflatten(read_safetensors(folder / PARAMS_FILE))
-    check_params(config, params, folder / PARAMS_FILE)
-    found = fingerprint(config, params)
-    if found != description["fingerprint"]:
-        raise ElmError(
-            f"{folder}: fingerprint of the weights is {found[:23]}, but {CONFIG_FILE} says "
-            f"{str(description['fingerprint'])[:23]}; the folder is damaged or was edited"
-        )
-    vocabulary = folder / VOCABULARY_FILE
-    return Backbone(
-        description["name"], config, params, found, vocabulary if vocabulary.is_file() else None
+    form, file = "own", folder / PARAMS_FILE
+    if not file.exists() and (folder / PARAMS_FOLDER).is_dir():
+        from elm_jax.checkpoints.orbax import open_orbax
+
+        form, file = "orbax", folder / PARAMS_FOLDER
+        arrays = open_orbax(file)
+    else:
+        arrays = open_safetensors(file)
+    check_arrays(config, arrays, file)
+    return Source(folder, form, name, config, arrays, find_vocabulary(folder), digest)
+
+
+def check_arrays(config: T5Config, arrays: Mapping[str, StoredArray], where: Path) -> None:
+    """Checks that stored arrays are those of a config, before any memory is taken for them.
+
+    Raises:
+      ElmError: naming a size of the config that the files cannot hold, or a parameter path that
+        is missing, unknown or of another shape or kind.
+    """
+    check_sizes(config, arrays, where)
+    check_params(config, unflatten_names(arrays, where), where)
+
+
+def check_sizes(config: T5Config, arrays: Mapping[str, StoredArray], where: object) -> None:
+    """Refuses a config far larger than what is stored, so that it is never built.
+
+    Raises:
+      ElmError: naming the field.
+    """
+    held = sum(math.prod(array.shape) for array in arrays.values())
+    layers = ("num_encoder_layers", "num_decoder_layers")
+    for field in dataclasses.fields(config):
+        value, limit = getattr(config, field.name), len(arrays) if field.name in layers else held
+        if field.name in ("relative_attention_max_distance", "attention_chunk"):
+            limit = 2**31 - 1
+        if field.type == "int" and value > limit:
+            raise ElmError(
+                f"{where}: {field.name} is {value:,} in the config, but there are "
+                f"{len(arrays):,} arrays of {held:,} elements in all"
+            )
+        if field.type == "float" and (
+            type(value) not in (int, float) or not math.isfinite(value) or not 0 <= value <= 1
+        ):
+            raise ElmError(f"{where}: {field.name} must be a number from 0 to 1, got {value!r:.50}")
+    buckets, distance = (
+        config.relative_attention_num_buckets,
+        config.relative_attention_max_distance,
     )
+    if buckets < 4 or distance <= buckets // 2:
+        raise ElmError(
+            f"{where}: relative_attention_num_buckets must be 4 or more and less than twice "
+            f"relative_attention_max_distance, got {buckets} and {distance}"
+        )
+
+
+def unflatten_names(arrays: Mapping[str, Any], where: object) -> Tree:
+    """Returns the nested dict of arrays whose names come from a file.
+
+    Raises:
+      ElmError: for names that are no tree, such as 'a' beside 'a/b'.
+    """
+    for path in arrays:
+        parts = path.split("/")
+        if any("/".join(parts[:i]) in arrays for i in range(1, len(parts))) or len(parts) > 32:
+            raise ElmError(f"{where}: array {path!r:.100} lies inside another array")
+    return unflatten(arrays)
 
 
 def cast_params(params: Tree, dtype: str) -> Tree:
@@ -215,11 +448,12 @@ def cast_params(params: Tree, dtype: str) -> Tree:
       dtype: 'float32' or 'bfloat16'.
     """
 
-    def cast(path: str, array: Any) -> Any:
-        read_in_full = path.endswith(("/scale", "/rel_embedding"))
-        return array.astype(jnp.float32 if read_in_full else jnp.dtype(dtype))
-
-    return unflatten({path: cast(path, array) for path, array in flatten(params).items()})
+    return unflatten(
+        {
+            path: array.astype(storage_dtype(path, array.dtype, dtype))
+            for path, array in flatten(params).items()
+        }
+    )
 
 
 def check_params(config: T5Config, params: Tree, where: object) -> None:
@@ -237,67 +471,3 @@ def check_params(config: T5Config, params: Tree, where: object) -> None:
     for path, array in flatten(params).items():
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise ElmError(f"{where}: {path!r} has dtype {array.dtype}, expected a floating one")
-
-
-def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """Reads all tensors of a safetensors file.
-
-    Raises:
-      FileNotFoundError: when it is missing.
-      ElmError: when it is damaged.
-    """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ElmError(f"{path}: truncated or damaged safetensors file ({error})") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-      FileNotFoundError: when the file is missing.
-      ElmError: when it holds anything else.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ElmError(f"{path}: invalid JSON ({error})") from error
-    if not isinstance(data, dict):
-        raise ElmError(f"{path}: expected a JSON object, got {type(data).__name__}")
-    return data
-
-
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Writes a JSON object, indented."""
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary folder beside `path` that takes its name when the block succeeds.
-
-    Raises:
-      FileExistsError: when `path` exists, before or after the block.
-    """
-    path = Path(path)
-    if path.exists():
-        raise FileExistsError(f"{path} exists; name a new folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    temporary.mkdir()
-    try:
-        yield temporary
-        try:
-            temporary.rename(path)
-        except OSError as error:
-            raise FileExistsError(f"{path} appeared while it was being written") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

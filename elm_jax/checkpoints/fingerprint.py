@@ -6,11 +6,13 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
+import tempfile
 from typing import Any
 
 import numpy as np
 
-from elm_jax.experts.tree import Tree, flatten
+from elm_jax.experts.tree import Tree, flatten, unflatten
 from elm_jax.models import T5Config
 from elm_jax.models.config import RUN_FIELDS
 from elm_jax.models.scan import to_storage
@@ -40,18 +42,64 @@ def fingerprint(config: T5Config, params: Tree) -> str:
     Returns:
       'sha256:' and 64 hexadecimal digits; messages show the first 23 characters.
     """
+    digest = _begin(config)
+    for path, array in flatten(to_storage(params, config)).items():
+        digest.update(_title(path, array.shape))
+        for part in _sample(array):
+            digest.update(_values(part))
+    return f"sha256:{digest.hexdigest()}"
+
+
+class Samples:
+    """A fingerprint of arrays that come in any order and do not stay, or not with these values.
+
+    What counts of each array waits in a temporary file until all are there.
+    """
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile(prefix="elm_jax_fingerprint_")  # noqa: SIM115
+        self._entries: dict[str, tuple[tuple[int, ...], int, int]] = {}
+
+    def __enter__(self) -> Samples:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def add(self, path: str, array: np.ndarray) -> None:
+        """Takes in an array as stored, under its path per layer."""
+        start = self._file.seek(0, os.SEEK_END)
+        for part in _sample(array):
+            self._file.write(_values(part))
+        self._entries[path] = (tuple(array.shape), start, self._file.tell() - start)
+
+    def fingerprint(self, config: T5Config) -> str:
+        """Returns what `fingerprint` would of all arrays."""
+        digest = _begin(config)
+        for path in flatten(unflatten(dict.fromkeys(self._entries))):
+            shape, start, count = self._entries[path]
+            digest.update(_title(path, shape))
+            self._file.seek(start)
+            digest.update(self._file.read(count))
+        return f"sha256:{digest.hexdigest()}"
+
+
+def _begin(config: T5Config) -> Any:
     # Fields at their default are left out, so that a new field leaves old fingerprints alone.
     fields = {
         field.name: value
         for field in dataclasses.fields(config)
         if field.name not in RUN_FIELDS and (value := getattr(config, field.name)) != field.default
     }
-    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
-    for path, array in flatten(to_storage(params, config)).items():
-        digest.update(f"\n{path} {list(array.shape)}\n".encode())
-        for part in _sample(array):
-            digest.update(np.ascontiguousarray(part, dtype="<f4").data)
-    return f"sha256:{digest.hexdigest()}"
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+
+
+def _title(path: str, shape: tuple[int, ...]) -> bytes:
+    return f"\n{path} {list(shape)}\n".encode()
+
+
+def _values(part: Any) -> memoryview:
+    return np.ascontiguousarray(part, dtype="<f4").data
 
 
 def _sample(array: Any) -> list[Any]:

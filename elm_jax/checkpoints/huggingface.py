@@ -1,4 +1,4 @@
-"""T5 and mT5 between Hugging Face folders and ours, without PyTorch.
+"""T5, mT5 and ByT5 between Hugging Face folders and ours, without PyTorch.
 
     shared.weight                                      token_embedder/embedding
     encoder.block.0.layer.0.SelfAttention
@@ -17,7 +17,6 @@ Those with * are transposed.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,17 +25,20 @@ import numpy as np
 
 from elm_jax.checkpoints.backbone import (
     CONFIG_FILE,
-    VOCABULARY_FILE,
     Backbone,
+    Source,
     check_params,
-    new_folder,
-    read_json,
-    read_safetensors,
-    write_json,
+    check_sizes,
+    find_vocabulary,
+    stored_form,
+    unflatten_names,
+    write_vocabulary,
 )
-from elm_jax.checkpoints.fingerprint import fingerprint
+from elm_jax.checkpoints.loading import load_params
+from elm_jax.checkpoints.stored import StoredArray, open_safetensors, same_values
 from elm_jax.errors import ElmError, nearest
 from elm_jax.experts.apply import backbone_shapes
+from elm_jax.experts.files import new_folder, read_json, write_json
 from elm_jax.experts.tree import Tree, flatten, unflatten
 from elm_jax.models import T5Config
 
@@ -74,7 +76,7 @@ _ACTIVATIONS = {
 
 
 def from_huggingface(folder: str | os.PathLike[str]) -> Backbone:
-    """Reads a T5 or mT5 (T5 1.0, 1.1, LM-adapt, T0, FLAN, mT5) from a Hugging Face folder.
+    """Reads a T5 or mT5 (T5 1.0, 1.1, LM-adapt, T0, FLAN, mT5, ByT5) from a Hugging Face folder.
 
     Args:
       folder: with config.json and model.safetensors, or the shards of
@@ -87,11 +89,18 @@ def from_huggingface(folder: str | os.PathLike[str]) -> Backbone:
       FileNotFoundError: when a file is missing.
       ElmError: for another model type, weights as a pickle only, or tensors that do not fit.
     """
-    folder = Path(folder)
+    source = open_huggingface(Path(folder))
+    params, found = load_params(source.config, source.arrays, on_host=True)
+    return Backbone(source.name, source.config, params, found, source.vocabulary_path)
+
+
+def open_huggingface(folder: Path) -> Source:
+    """Opens a Hugging Face folder, and checks names and shapes; see `from_huggingface`."""
     where = folder / CONFIG_FILE
     data = read_json(where)
     config = config_from_hf(data, where)
-    tensors = _read_tensors(folder)
+    tensors = _open_tensors(folder)
+    check_sizes(config, tensors, where)
     if not config.logits_via_embedding and data.get("tie_word_embeddings", True):
         # Tied without T5 1.0's scaling (transformers 5 writes such files, mT5's among them): the
         # output layer is a copy of the embedding.
@@ -100,24 +109,21 @@ def from_huggingface(folder: str | os.PathLike[str]) -> Backbone:
                 tensors[_LM_HEAD] = tensors[name]
     try:
         params = params_from_hf(tensors, config)
+        arrays: dict[str, StoredArray] = flatten(params)
+        check_params(config, unflatten_names(arrays, folder), folder)
     except ElmError as error:
-        raise ElmError(f"{folder}: {error}") from error
-    vocabulary = folder / VOCABULARY_FILE
-    return Backbone(
-        folder.resolve().name,
-        config,
-        params,
-        fingerprint(config, params),
-        vocabulary if vocabulary.is_file() else None,
-    )
+        message = str(error)
+        raise ElmError(message if str(folder) in message else f"{folder}: {message}") from error
+    name = folder.resolve().name
+    return Source(folder, "huggingface", name, config, arrays, find_vocabulary(folder))
 
 
-def to_huggingface(backbone: Backbone, folder: str | os.PathLike[str]) -> Path:
+def save_huggingface(backbone: Backbone, folder: str | os.PathLike[str]) -> Path:
     """Writes a folder that `T5ForConditionalGeneration.from_pretrained` loads.
 
     Args:
-      backbone: what to write; mT5 is written as the T5 1.1 that it is.
-      folder: a folder that is not there yet.
+      backbone: what to write, arrays in their dtype; mT5 is written as the T5 1.1 that it is.
+      folder: a folder that is not there yet, or is empty.
 
     Returns:
       The folder.
@@ -128,15 +134,19 @@ def to_huggingface(backbone: Backbone, folder: str | os.PathLike[str]) -> Path:
     """
     from safetensors.numpy import save_file
 
-    config = config_to_hf(backbone.config)
-    tensors = params_to_hf(backbone.params, backbone.config)
+    description = config_to_hf(backbone.config)
+    config, stored = stored_form(backbone)
+    tensors = params_to_hf(stored, config)
     with new_folder(folder) as temporary:
         # transformers insists on this mark, which says how the tensors are laid out.
         save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
-        if backbone.vocabulary_path is not None:
-            shutil.copyfile(backbone.vocabulary_path, temporary / VOCABULARY_FILE)
-        write_json(temporary / CONFIG_FILE, config)
+        write_vocabulary(backbone, temporary)
+        write_json(temporary / CONFIG_FILE, description)
     return Path(folder)
+
+
+to_huggingface = save_huggingface
+"""The former name."""
 
 
 def config_from_hf(data: Mapping[str, Any], where: object = CONFIG_FILE) -> T5Config:
@@ -154,7 +164,7 @@ def config_from_hf(data: Mapping[str, Any], where: object = CONFIG_FILE) -> T5Co
     ('relu',)
     """
     kind = data.get("model_type")
-    if kind not in MODEL_TYPES:
+    if not isinstance(kind, str) or kind not in MODEL_TYPES:
         raise ElmError(
             f"{where}: model_type {kind!r} is not supported{nearest(str(kind), MODEL_TYPES)}; "
             f"accepted: {', '.join(MODEL_TYPES)}"
@@ -165,7 +175,7 @@ def config_from_hf(data: Mapping[str, Any], where: object = CONFIG_FILE) -> T5Co
     projection = data.get("feed_forward_proj", "relu" if kind == "t5" else "gated-gelu")
     *gate, name = str(projection).split("-")
     name = "gelu_new" if projection == "gated-gelu" else name
-    name = data.get("dense_act_fn", name)
+    name = str(data.get("dense_act_fn", name))
     if gate not in ([], ["gated"]) or name not in _ACTIVATIONS:
         raise ElmError(
             f"{where}: feed_forward_proj {projection!r} with activation {name!r} is not supported"
@@ -194,6 +204,11 @@ def config_to_hf(config: T5Config) -> dict[str, Any]:
     Raises:
       ElmError: for activations that transformers cannot express.
     """
+    if config.relative_attention_per_layer:
+        raise ElmError(
+            "every layer has a position bias of its own (relative_attention_per_layer), which no "
+            "T5 of Hugging Face has; write a T5X checkpoint instead"
+        )
     names = {"gelu_tanh": "gelu_new", "relu": "relu", "gelu": "gelu", "silu": "silu"}
     activation, *gate = config.mlp_activations
     if activation not in names or gate not in ([], ["linear"]):
@@ -222,11 +237,13 @@ def config_to_hf(config: T5Config) -> dict[str, Any]:
     }
 
 
-def params_from_hf(tensors: Mapping[str, np.ndarray], config: T5Config) -> Tree:
+def params_from_hf(
+    tensors: Mapping[str, np.ndarray] | Mapping[str, StoredArray], config: T5Config
+) -> Tree:
     """Renames and transposes Hugging Face tensors to t5x's tree.
 
     Args:
-      tensors: name -> array, of a `T5ForConditionalGeneration`.
+      tensors: name -> array (in memory or in a file), of a `T5ForConditionalGeneration`.
       config: the model's config.
 
     Returns:
@@ -236,13 +253,13 @@ def params_from_hf(tensors: Mapping[str, np.ndarray], config: T5Config) -> Tree:
       ElmError: naming a tensor that is missing, unknown, of another shape, or in conflict with
         the tying of embeddings.
     """
-    left = dict(tensors)
+    left: dict[str, Any] = dict(tensors)
     left.pop(_UNUSED, None)
     copies = _EMBEDDING_COPIES + ((_LM_HEAD,) if config.logits_via_embedding else ())
     for copy in copies:
         if copy in left:
             tensor = left.pop(copy)
-            if not np.array_equal(left.setdefault(_EMBEDDING, tensor), tensor):
+            if not same_values(left.setdefault(_EMBEDDING, tensor), tensor):
                 raise ElmError(
                     f"tensor {copy} differs from {_EMBEDDING}, but the config ties them "
                     "(tie_word_embeddings)"
@@ -325,10 +342,10 @@ def _names(config: T5Config) -> Iterator[tuple[str, str]]:
         yield "decoder/logits_dense/kernel", _LM_HEAD
 
 
-def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
-    """Reads model.safetensors or its shards."""
+def _open_tensors(folder: Path) -> dict[str, StoredArray]:
+    """Opens model.safetensors or its shards."""
     if (folder / WEIGHTS_FILE).is_file():
-        return read_safetensors(folder / WEIGHTS_FILE)
+        return open_safetensors(folder / WEIGHTS_FILE)
     index = folder / INDEX_FILE
     if not index.is_file():
         pickles = sorted(p.name for p in folder.glob("pytorch_model*.bin"))
@@ -342,11 +359,20 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     shard_of = read_json(index).get("weight_map")
     if not isinstance(shard_of, dict):
         raise ElmError(f"{index}: key 'weight_map' is missing")
-    tensors: dict[str, np.ndarray] = {}
-    for shard in sorted(set(map(str, shard_of.values()))):
-        if Path(shard).name != shard:
-            raise ElmError(f"{index}: shard {shard!r} must be a file of the same folder")
-        tensors |= read_safetensors(folder / shard)
+    tensors: dict[str, StoredArray] = {}
+    for shard in dict.fromkeys(map(str, shard_of.values())):
+        if shard != os.path.basename(shard) or not shard.endswith(".safetensors"):
+            raise ElmError(
+                f"{index}: shard {shard!r:.100} must be a file of the same folder, .safetensors"
+            )
+        opened = open_safetensors(folder / shard)
+        for name in opened:
+            if shard_of.get(name) != shard:
+                raise ElmError(
+                    f"{folder / shard}: holds tensor {name!r:.100}, which {INDEX_FILE} does not "
+                    "place there"
+                )
+        tensors |= opened
     for name, shard in shard_of.items():
         if name not in tensors:
             raise ElmError(f"{folder / shard}: tensor {name} is missing, which {INDEX_FILE} names")

@@ -20,6 +20,7 @@ COMMANDS = (
     "evaluate",
     "report",
     "export",
+    "backbone",
     "mini",
 )
 _DESCRIPTION = """\

@@ -11,10 +11,16 @@ from elm_jax.data.examples import (
     with_answer_choices,
 )
 from elm_jax.data.table import ExampleTable, tokenize
-from elm_jax.data.vocabulary import Vocabulary, train_vocabulary
+from elm_jax.data.vocabulary import (
+    ByteVocabulary,
+    Vocabulary,
+    load_vocabulary,
+    train_vocabulary,
+)
 
 __all__ = [
     "BatchStream",
+    "ByteVocabulary",
     "Corpus",
     "DenoisingStream",
     "Example",
@@ -25,6 +31,7 @@ __all__ = [
     "find_tasks",
     "fit_lengths",
     "load_corpus",
+    "load_vocabulary",
     "pad_batches",
     "read_jsonl",
     "tokenize",

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import json
 import os
+import re
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from elm_jax.errors import ElmError
 PAD_ID = 0
 EOS_ID = 1
 UNK_ID = 2
+_FIRST_BYTE = 3
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,115 @@ class Vocabulary:
         import seqio
 
         return seqio.SentencePieceVocabulary(os.fspath(self.path), extra_ids=self.extra_ids)
+
+
+@dataclass(frozen=True)
+class ByteVocabulary(Vocabulary):
+    """ByT5's vocabulary: pad 0, eos 1, unk 2, then the 256 bytes of UTF-8, then sentinels.
+
+    Ids are those of Hugging Face's ByT5Tokenizer, sentinels included: `<extra_id_0>` is 259 and
+    they rise.
+
+    Attributes:
+      path: the JSON file that names ByT5Tokenizer, from which it came.
+      extra_ids: how many sentinels there are.
+    """
+
+    path: str | os.PathLike[str]
+    extra_ids: int = 125
+
+    def __post_init__(self) -> None:
+        if type(self.extra_ids) is not int or not 0 <= self.extra_ids <= 2**16:
+            raise ElmError(f"{self.path}: extra_ids is {self.extra_ids!r}, should be 0 or more")
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 of what decides the ids, in hex."""
+        return hashlib.sha256(f"bytes {self.extra_ids}".encode()).hexdigest()
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of ids: special ids, bytes and sentinels (384 for ByT5)."""
+        return _FIRST_BYTE + 256 + self.extra_ids
+
+    @functools.cached_property
+    def sentinels(self) -> int:
+        """The number of sentinels at the end of the vocabulary."""
+        return self.extra_ids
+
+    def sentinel(self, number: int) -> int:
+        """Returns the id of `<extra_id_{number}>`.
+
+        Raises:
+          ElmError: if the vocabulary has no such sentinel.
+        """
+        if not 0 <= number < self.extra_ids:
+            raise ElmError(f"{self.path} has {self.extra_ids} sentinels, no <extra_id_{number}>")
+        return _FIRST_BYTE + 256 + number
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of a text, without EOS.
+
+        >>> ByteVocabulary('tokenizer_config.json').encode('a<extra_id_1>é')
+        [100, 260, 198, 172]
+        """
+        ids: list[int] = []
+        for i, part in enumerate(re.split(r"<extra_id_(\d{1,5})>", text)):
+            if i % 2 == 0:
+                ids += [byte + _FIRST_BYTE for byte in part.encode("utf-8", errors="replace")]
+            elif part == str(int(part)) and int(part) < self.extra_ids:
+                ids.append(self.sentinel(int(part)))
+            else:  # no sentinel of this vocabulary
+                ids += [byte + _FIRST_BYTE for byte in f"<extra_id_{part}>".encode()]
+        return ids
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns `encode` of each text."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Returns the text of ids up to the first EOS; what is no UTF-8 is left out."""
+        parts, first_sentinel = [], _FIRST_BYTE + 256
+        for i in ids:
+            if i == EOS_ID:
+                break
+            if _FIRST_BYTE <= i < first_sentinel:
+                parts.append(bytes([i - _FIRST_BYTE]))
+            elif first_sentinel <= i < self.vocab_size:
+                parts.append(f"<extra_id_{i - first_sentinel}>".encode())
+        return b"".join(parts).decode("utf-8", errors="ignore")
+
+    def to_seqio(self) -> Any:
+        """Returns the `seqio.ByteVocabulary` of as many ids; its ids of text are the same."""
+        import seqio
+
+        return seqio.ByteVocabulary(extra_ids=self.extra_ids)
+
+
+def load_vocabulary(path: str | os.PathLike[str]) -> Vocabulary:
+    """Reads the vocabulary of a backbone.
+
+    Args:
+      path: a SentencePiece model, to which T5's 100 sentinels are added unless it ends with
+        sentinels of its own (mT5's); or a JSON file that names Hugging Face's ByT5Tokenizer.
+
+    Raises:
+      FileNotFoundError: if there is no file.
+      ElmError: if it is neither.
+    """
+    path = Path(path)
+    if path.suffix != ".json":
+        own = Vocabulary(path, extra_ids=0)
+        return own if own.sentinels else Vocabulary(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no vocabulary at {path}")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ElmError(f"{path}: invalid JSON ({error})") from None
+    if not isinstance(data, dict) or data.get("tokenizer_class") != "ByT5Tokenizer":
+        raise ElmError(f"{path}: does not name the tokenizer_class 'ByT5Tokenizer'")
+    return ByteVocabulary(path, data.get("extra_ids", 125))
 
 
 def train_vocabulary(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,13 +17,13 @@ from elm_jax.checkpoints.backbone import Backbone, load_backbone
 from elm_jax.data.batches import BatchStream, fit_lengths
 from elm_jax.data.examples import Example, TaskData, by_prompt, find_tasks, with_answer_choices
 from elm_jax.data.table import ExampleTable, tokenize
-from elm_jax.data.vocabulary import Vocabulary
+from elm_jax.data.vocabulary import Vocabulary, load_vocabulary
 from elm_jax.errors import ElmError, nearest
 from elm_jax.experts.store import ExpertInfo, ExpertStore, check_id, expert_id
 from elm_jax.experts.tree import flatten
 from elm_jax.models import ExpertSpec, get_spec
 from elm_jax.training.loop import Member, RunConfig, train_stack
-from elm_jax.training.sharding import check_split, make_mesh
+from elm_jax.training.sharding import RULES, LogicalRules, check_split, make_mesh
 
 MAX_LENGTHS = {"inputs": 512, "targets": 128}
 """Longest inputs and targets in tokens unless the user says otherwise (as the published code)."""
@@ -81,6 +82,9 @@ class TrainingOptions:
       remat: 'none', 'minimal' or 'full', what to compute again to save memory; None is the
         backbone's.
       attention: 'auto', 'plain', 'fused' or 'memory_efficient'; None is the backbone's.
+      shard: (I, N) trains the I-th of N parts, I from 0; None trains all. In the order of the
+        tasks, blocks of `experts_per_step` experts are dealt out in turn. A part reads and
+        tokenises its own tasks alone, so that N machines can share the work and the store.
     """
 
     per: str = "task"
@@ -100,6 +104,7 @@ class TrainingOptions:
     scan_layers: bool | None = None
     remat: str | None = None
     attention: str | None = None
+    shard: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.per not in UNITS:
@@ -111,6 +116,12 @@ class TrainingOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ElmError(f"{name} must be at least 1, got {value}")
+        if self.shard is not None:
+            index, count = self.shard
+            if not 0 <= index < count:
+                raise ElmError(f"shard must be I/N with 0 <= I < N, got {index}/{count}")
+            if self.multitask is not None:
+                raise ElmError("a multitask expert is one expert, which no shard can split")
         for key, length in (self.feature_lengths or {}).items():
             if key not in MAX_LENGTHS:
                 raise ElmError(f"unknown feature {key!r}{nearest(key, MAX_LENGTHS)}")
@@ -140,6 +151,7 @@ def train_experts(
     run: RunConfig | None = None,
     vocabulary: str | Path | None = None,
     mesh: Mesh | None = None,
+    rules: LogicalRules = RULES,
     report: Report | None = None,
 ) -> list[Outcome]:
     """Trains one expert per task (or per prompt) and adds each to a store.
@@ -156,6 +168,7 @@ def train_experts(
       run: optimizer, loss, seed, checkpoints; its `train_steps` is replaced by the options'.
       vocabulary: SentencePiece model; the backbone's own by default.
       mesh: where to run.
+      rules: logical axis -> mesh axes; see `training.sharding`.
       report: called after each record of metrics.
 
     Returns:
@@ -186,7 +199,8 @@ def train_experts(
     mesh = mesh or make_mesh()
     groups = _stacks(plans, options.experts_per_step)
     for group in groups:  # the last one may be smaller: better refused now than after the others
-        check_split(mesh, len(group), ("expert",), f"the stack of expert {group[0].id!r}")
+        stack = f"the stack of expert {group[0].id!r}"
+        check_split(mesh, len(group), dict(rules)["experts"], stack, free=True)
     total = sum(p.train_steps for p in plans)
     done = 0
     for group in groups:
@@ -215,6 +229,7 @@ def train_experts(
                 dataclasses.replace(run, train_steps=steps),
                 folder=folder,
                 mesh=mesh,
+                rules=rules,
                 progress=progress,
             )
             for plan, result in zip(group, trained, strict=True):
@@ -252,7 +267,7 @@ def backbone_vocabulary(backbone: Backbone, given: str | Path | None = None) -> 
     path = given or backbone.vocabulary_path
     if path is None:
         raise ElmError(f"backbone {backbone.name!r} has no vocabulary; name a SentencePiece model")
-    vocabulary = Vocabulary(Path(path))
+    vocabulary = load_vocabulary(path)
     if vocabulary.vocab_size > backbone.config.vocab_size:
         raise ElmError(
             f"{path} has {vocabulary.vocab_size} ids, but backbone {backbone.name!r} has "
@@ -276,15 +291,20 @@ def make_plans(
     tasks = find_tasks(named) if named else []
     units = [u for t in tasks for u in (by_prompt(t).values() if options.per == "prompt" else [t])]
     trainable = [unit for unit in units if "train" in unit.splits]
-    sources = [_from_task(unit, vocabulary, options, seed) for unit in trainable]
     untrained = [unit.name for unit in units if "train" not in unit.splits]
     if untrained:
         raise ElmError(f"task {untrained[0]!r} has no train split to train an expert on")
-    sources += [
-        _from_seqio(pattern.removeprefix("seqio:"), vocabulary, options, seed)
+    makers = [functools.partial(_from_task, unit) for unit in trainable]
+    makers += [
+        functools.partial(_from_seqio, pattern.removeprefix("seqio:"))
         for pattern in patterns
         if pattern.startswith("seqio:")
     ]
+    if options.shard is not None:
+        index, count = options.shard
+        block = options.experts_per_step
+        makers = [make for i, make in enumerate(makers) if i // block % count == index]
+    sources = [make(vocabulary, options, seed) for make in makers]
     if options.multitask is not None:
         sources = [_Source.join(options.multitask, sources, options.instances_per_expert, seed)]
     ids = [source.id for source in sources]

@@ -179,7 +179,7 @@ def test_a_failed_save_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_folder_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "out"
-    with pytest.raises(FileExistsError, match="appeared"), backbone.new_folder(path):
+    with pytest.raises(FileExistsError, match="was filled"), backbone.new_folder(path):
         path.mkdir()
         (path / "theirs").touch()
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
