@@ -21,7 +21,16 @@ if TYPE_CHECKING:
     from elm_jax.data import Vocabulary, find_tasks
     from elm_jax.evaluation.evaluate import EvaluationOptions, Evaluator
     from elm_jax.evaluation.report import write_report
-    from elm_jax.experts import ExpertStore, bind_variables, export_expert, init_expert, merge
+    from elm_jax.experts import (
+        ExpertStore,
+        bind_variables,
+        expert_cosines,
+        expert_statistics,
+        export_expert,
+        import_expert,
+        init_expert,
+        merge,
+    )
     from elm_jax.models import T5, AdapterSpec, FullSpec, LoraSpec, T5Config, get_spec
     from elm_jax.retrieval import Library, format_instance, load_embedder
     from elm_jax.training import OptimizerSpec, RunConfig, train_stack
@@ -32,7 +41,16 @@ _HOMES = {
     "elm_jax.data": ("Vocabulary", "find_tasks"),
     "elm_jax.evaluation.evaluate": ("EvaluationOptions", "Evaluator"),
     "elm_jax.evaluation.report": ("write_report",),
-    "elm_jax.experts": ("ExpertStore", "bind_variables", "export_expert", "init_expert", "merge"),
+    "elm_jax.experts": (
+        "ExpertStore",
+        "bind_variables",
+        "expert_cosines",
+        "expert_statistics",
+        "export_expert",
+        "import_expert",
+        "init_expert",
+        "merge",
+    ),
     "elm_jax.models": ("AdapterSpec", "FullSpec", "LoraSpec", "T5", "T5Config", "get_spec"),
     "elm_jax.retrieval": ("Library", "format_instance", "load_embedder"),
     "elm_jax.training": ("OptimizerSpec", "RunConfig", "train_stack"),

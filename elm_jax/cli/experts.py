@@ -1,4 +1,4 @@
-"""`elm-jax experts`: lists, shows and verifies the experts of a store."""
+"""`elm-jax experts`: lists, shows and verifies the experts of a store, and imports into it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from elm_jax.cli import common
 
 
 def add_parser(subparsers: Any) -> None:
-    """Adds `experts list`, `experts show` and `experts verify`."""
+    """Adds `experts list`, `show`, `verify` and `import`."""
     parser = common.command(
         subparsers,
         "experts",
-        help="list, show or verify the experts of a store",
+        help="list, show or verify the experts of a store, or import one",
         example="elm-jax experts verify store",
     )
-    actions = parser.add_subparsers(dest="action", required=True, metavar="{list,show,verify}")
+    actions = parser.add_subparsers(
+        dest="action", required=True, metavar="{list,show,verify,import}"
+    )
     helps = {
         "list": "list the experts",
         "show": "show all that is known of an expert, its arrays included",
@@ -29,7 +31,28 @@ def add_parser(subparsers: Any) -> None:
         action.add_argument("store", metavar="STORE")
         action.add_argument("id", metavar="ID", nargs=None if name == "show" else "?")
         action.add_argument("--json", action="store_true", help="print JSON")
+    _add_import(actions)
     parser.set_defaults(run=run)
+
+
+def _add_import(actions: Any) -> None:
+    action = common.command(
+        actions,
+        "import",
+        help="add an expert of PEFT, adapters, T5X or an export of ours to a store",
+        example="elm-jax experts import lora_folder --store store --id ag_news --backbone elm-tiny",
+    )
+    action.add_argument("path", metavar="PATH", help="the expert's folder")
+    action.add_argument("--store", required=True, help="folder of experts, made if missing")
+    action.add_argument("--id", required=True, help="what to call it there")
+    action.add_argument("--backbone", required=True, help="name or folder of what it was made for")
+    action.add_argument(
+        "--format", metavar="FORMAT", help="peft, adapters, t5x or own; found out by default"
+    )
+    action.add_argument(
+        "--tasks", nargs="+", default=[], metavar="TASK", help="names of what it was trained on"
+    )
+    action.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
     from elm_jax.errors import ElmError
     from elm_jax.experts import ExpertStore, flatten
 
+    if args.action == "import":
+        return _import(args)
     store = ExpertStore(args.store)
     if args.action == "show":
         info = store.info(args.id)
@@ -82,3 +107,40 @@ def run(args: argparse.Namespace) -> int:
         for path in leftovers:
             print(f"{path}: left by a killed writer; it is not listed, delete it", file=sys.stderr)
     return 1 if problems else 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    import functools
+
+    from elm_jax.checkpoints import load_backbone
+    from elm_jax.experts import ExpertStore, import_expert
+    from elm_jax.experts.imports import detect_format
+
+    format = args.format or detect_format(args.path)
+    backbone = load_backbone(args.backbone, on_host=True)
+    loader = None
+    if format == "t5x":
+        from elm_jax.t5x.experts import load_t5x_expert
+
+        loader = functools.partial(load_t5x_expert, backbone=backbone.params)
+    info = import_expert(
+        ExpertStore(args.store, create=True),
+        args.path,
+        args.id,
+        config=backbone.config,
+        backbone={"name": backbone.name, "fingerprint": backbone.fingerprint},
+        format=format,
+        tasks=args.tasks,
+        loader=loader,
+    )
+    if args.json:
+        common.print_json(info.to_json())
+    else:
+        common.print_table(
+            ("expert", "kind", "parameters", "from", "backbone"),
+            [(info.id, info.kind, info.parameters, format, backbone.name)],
+        )
+        empty = info.settings["imported"].get("projections_without_update")
+        if empty:
+            print(f"{empty} projections have no update and hold zeros", file=sys.stderr)
+    return 0
