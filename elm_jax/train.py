@@ -42,9 +42,10 @@ def train(
     import importlib
 
     from elm_jax.cli.common import ProgressBar
-    from elm_jax.training import make_mesh
+    from elm_jax.training import MeshSpec, make_mesh
     from elm_jax.training.experts import train_experts
 
+    mesh = mesh or MeshSpec()
     for module in modules:
         importlib.import_module(module)
     bar = ProgressBar("steps")
@@ -57,6 +58,7 @@ def train(
             options=options,
             run=run,
             mesh=make_mesh(mesh),
+            rules=mesh.logical_rules(),
             report=lambda label, done, total, metrics: bar.update(done, total, label, metrics),
         )
     finally:

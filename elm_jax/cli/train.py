@@ -87,37 +87,52 @@ def add_parser(subparsers: Any) -> None:
     run.add_argument("--checkpoint-every", type=int, default=500)
     run.add_argument(
         "--mesh",
-        type=common.key_integer,
         nargs="+",
         default=[],
         metavar="AXIS=N",
-        help="axes expert, data, fsdp, tensor; all devices in data by default",
+        help="axes expert, data, fsdp, tensor, such as data=2,fsdp=4, or a preset: single, "
+        "data_parallel (default), fsdp, tensor_parallel, expert_parallel",
+    )
+    run.add_argument(
+        "--rule",
+        action="append",
+        default=[],
+        metavar="LOGICAL=AXIS",
+        help="change what is split over a mesh axis, such as adapter=tensor; may be repeated",
+    )
+    run.add_argument(
+        "--shard",
+        type=_shard,
+        metavar="I/N",
+        help="train the I-th of N parts of the experts, I from 0: for arrays of jobs on one store",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run_command)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    index, slash, count = text.partition("/")
+    if not slash or not index.isdigit() or not count.isdigit():
+        raise argparse.ArgumentTypeError(f"expected I/N, such as 0/8, got {text!r}")
+    return int(index), int(count)
 
 
 def run_command(args: argparse.Namespace) -> int:
     """Trains what the arguments say."""
     import importlib
 
-    from elm_jax.errors import ElmError, nearest
+    from elm_jax.errors import ElmError
     from elm_jax.models import get_spec
     from elm_jax.training import LossSpec, MeshSpec, OptimizerSpec, RunConfig, make_mesh
     from elm_jax.training.experts import TrainingOptions, train_experts
-    from elm_jax.training.sharding import MESH_AXES
+    from elm_jax.training.sharding import parse_rule
 
     for module in args.module:
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
             raise ElmError(f"--module {module}: {error}") from error
-    for axis, _ in args.mesh:
-        if axis not in MESH_AXES:
-            raise ElmError(
-                f"--mesh: no axis {axis!r}{nearest(axis, MESH_AXES)}; there are "
-                f"{', '.join(MESH_AXES)}"
-            )
+    mesh = MeshSpec.parse(args.mesh, dict(map(parse_rule, args.rule)))
     spec = get_spec(args.expert, **dict(args.expert_option))
     options = TrainingOptions(
         per=args.per,
@@ -134,6 +149,7 @@ def run_command(args: argparse.Namespace) -> int:
         pack=args.pack,
         dropout_rate=args.dropout_rate,
         dtype=args.dtype,
+        shard=args.shard,
     )
     optimizer = OptimizerSpec(
         name=args.optimizer,
@@ -162,12 +178,15 @@ def run_command(args: argparse.Namespace) -> int:
             options=options,
             run=run,
             vocabulary=args.vocabulary,
-            mesh=make_mesh(MeshSpec(**dict(args.mesh))),
+            mesh=make_mesh(mesh),
+            rules=mesh.logical_rules(),
             report=lambda label, done, total, metrics: bar.update(done, total, label, metrics),
         )
     finally:
         bar.close()
-    if args.json:
+    if not outcomes and not args.json:
+        print("nothing to train in shard {}/{}: there are fewer experts".format(*args.shard))
+    elif args.json:
         common.print_json(
             [
                 {"id": o.info.id, "status": o.status, "parameters": o.info.parameters}

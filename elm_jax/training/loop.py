@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import functools
 import json
 import time
 import zlib
@@ -18,17 +17,19 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from elm_jax.errors import ElmError, TrainingDiverged
-from elm_jax.experts.apply import expert_shapes, init_expert, logical_axes
-from elm_jax.experts.tree import Tree, unstack
-from elm_jax.models import T5, ExpertSpec, T5Config
+from elm_jax.experts.apply import backbone_shapes
+from elm_jax.experts.tree import Tree, check_shapes, unstack
+from elm_jax.models import ExpertSpec, T5Config
 from elm_jax.models.scan import to_storage
 from elm_jax.training import sharding
 from elm_jax.training.metrics import MetricsWriter
-from elm_jax.training.optimizers import OptimizerSpec, make_optimizer
-from elm_jax.training.step import LossSpec, TrainState, make_train_step
+from elm_jax.training.optimizers import OptimizerSpec
+from elm_jax.training.program import build_program, runs_one_by_one
+from elm_jax.training.sharding import RULES, LogicalRules
+from elm_jax.training.step import LossSpec, TrainState
 
 
 class Stream(Protocol):
@@ -112,6 +113,7 @@ def train_stack(
     *,
     folder: str | Path,
     mesh: Mesh | None = None,
+    rules: LogicalRules = RULES,
     progress: Progress | None = None,
 ) -> list[TrainedExpert]:
     """Trains X experts over one frozen backbone, or resumes where a killed run stopped.
@@ -125,6 +127,7 @@ def train_stack(
       run: how to train.
       folder: the run's folder, for checkpoints and metrics; a run that is there is resumed.
       mesh: where to run; all devices, data parallel, by default.
+      rules: logical axis -> mesh axes, for every array.
       progress: called with the step and run-wide metrics after each record.
 
     Returns:
@@ -137,40 +140,26 @@ def train_stack(
     if len({m.id for m in members}) != len(members) or not members:
         raise ElmError(f"a stack needs members with different ids, got {[m.id for m in members]}")
     mesh = mesh or sharding.make_mesh()
-    sharding.check_split(mesh, len(members), ("expert",), "a stack of experts")
     run_folder = epath.Path(folder).resolve()  # Orbax takes absolute paths only
-    one_by_one = mesh.devices.flat[0].platform == "cpu" and mesh.shape["expert"] == 1
-    # A constant rate is the same however long the run: runs that differ in that alone share a step.
-    horizon = 1 if run.optimizer.schedule == "constant" else run.train_steps
-    initial_state, train_step = _functions(
-        config, spec, run.optimizer, horizon, run.loss, run.accumulation, one_by_one
+    program = build_program(
+        config,
+        spec,
+        len(members),
+        mesh,
+        optimizer=run.optimizer,
+        # A constant rate is the same however long the run: runs that differ in that alone share a
+        # step.
+        train_steps=1 if run.optimizer.schedule == "constant" else run.train_steps,
+        loss=run.loss,
+        accumulation=run.accumulation,
+        one_by_one=runs_one_by_one(mesh, rules),
+        rules=rules,
     )
-    params_axes, expert_axes = logical_axes(config, spec)
-    backbone_shardings = sharding.shardings(mesh, params_axes, params)
-    expert_shardings = sharding.shardings(
-        mesh, expert_axes, expert_shapes(config, spec), stacked=True
-    )
+    check_shapes("the backbone", params, backbone_shapes(config))
     # An array that is already laid out so is passed on, not copied.
-    params = jax.device_put(params, backbone_shardings)
+    params = jax.device_put(params, program.backbone)
     keys = jnp.stack([expert_key(run.seed, m.id) for m in members])
-
-    shapes = jax.eval_shape(initial_state, keys)
-    state_shardings: Any = TrainState(
-        sharding.replicated(mesh),  # type: ignore[arg-type]
-        expert_shardings,
-        _optimizer_shardings(mesh, shapes, expert_shardings),
-    )
-    step_fn = jax.jit(
-        train_step,
-        donate_argnums=0,
-        in_shardings=(
-            state_shardings,
-            backbone_shardings,
-            NamedSharding(mesh, PartitionSpec("expert")),
-            sharding.batch_sharding(mesh),
-        ),
-        out_shardings=(state_shardings, sharding.replicated(mesh)),
-    )
+    step_fn = program.jit_step()
     identity = {
         **run.identity(),
         "config": config.to_json(),
@@ -182,14 +171,14 @@ def train_stack(
         contextlib.closing(MetricsWriter(run_folder)) as writer,
         ocp.CheckpointManager(run_folder / "checkpoints", options=options) as manager,
     ):
-        state = _restore(manager, shapes, state_shardings, identity, run_folder)
+        state = _restore(manager, program.shapes, program.state, identity, run_folder)
         if state is None:
-            state = jax.jit(initial_state, out_shardings=state_shardings)(keys)
+            state = program.jit_initial_state()(keys)
         start = int(state.step)
         writer.resume(start)
         pending: list[dict[str, jax.Array]] = []
         clock = time.perf_counter()
-        for step, batch in _batches(members, start, run.train_steps, mesh):
+        for step, batch in _batches(members, start, run.train_steps, mesh, rules):
             state, metrics = step_fn(state, params, keys, batch)
             pending.append(metrics)
             save = step % run.checkpoint_every == 0 or step == run.train_steps
@@ -210,39 +199,11 @@ def train_stack(
     ]
 
 
-@functools.lru_cache(maxsize=16)
-def _functions(
-    config: T5Config,
-    spec: ExpertSpec,
-    optimizer_spec: OptimizerSpec,
-    train_steps: int,
-    loss: LossSpec,
-    accumulation: int,
-    one_by_one: bool,
-) -> tuple[Callable[[jax.Array], TrainState], Callable[..., Any]]:
-    """Builds the initial state and the step, kept so that runs alike compile them once."""
-    optimizer = make_optimizer(optimizer_spec, train_steps)
-
-    def initial_state(keys: jax.Array) -> TrainState:
-        expert = jax.vmap(lambda key: init_expert(config, spec, key))(keys)
-        return TrainState(jnp.zeros((), jnp.int32), expert, jax.vmap(optimizer.init)(expert))
-
-    step = make_train_step(
-        T5(config, spec),
-        spec,
-        optimizer,
-        loss_spec=loss,
-        accumulation=accumulation,
-        one_by_one=one_by_one,
-    )
-    return initial_state, step
-
-
 def _batches(
-    members: Sequence[Member], start: int, stop: int, mesh: Mesh
+    members: Sequence[Member], start: int, stop: int, mesh: Mesh, rules: LogicalRules
 ) -> Iterator[tuple[int, dict[str, jax.Array]]]:
     """Yields (steps done after it, stacked batch), made ahead of time in one thread."""
-    place = sharding.batch_sharding(mesh)
+    place = sharding.batch_sharding(mesh, rules)
 
     def make(step: int) -> dict[str, jax.Array]:
         batches = [m.stream.batch_at(step) for m in members]
@@ -255,7 +216,7 @@ def _batches(
                         f"{members[0].id!r}"
                     )
         rows = len(batches[0]["encoder_input_tokens"])
-        sharding.check_split(mesh, rows, ("data", "fsdp"), "a batch")
+        sharding.check_work(mesh, len(members), rows, rules)
         stacked = {name: np.stack([b[name] for b in batches]) for name in batches[0]}
         return jax.device_put(stacked, place)
 
@@ -344,30 +305,3 @@ def _restore(
         step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))
     )["state"]
     return TrainState(**restored)
-
-
-def _optimizer_shardings(mesh: Mesh, shapes: TrainState, expert_shardings: Tree) -> Any:
-    """Lays a moment out as its parameter; all else (counts, factored moments) by expert only."""
-
-    def names(path: Sequence[Any]) -> tuple[str, ...]:
-        return tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
-
-    parameters = {
-        names(path): (leaf.shape, place)
-        for (path, leaf), place in zip(
-            jax.tree_util.tree_leaves_with_path(shapes.expert),
-            jax.tree.leaves(expert_shardings),
-            strict=True,
-        )
-    }
-    deepest = max(map(len, parameters))
-
-    def place(path: Sequence[Any], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-        full = names(path)
-        for length in range(min(deepest, len(full)), 0, -1):
-            found = parameters.get(full[-length:])
-            if found is not None and found[0] == leaf.shape:
-                return found[1]
-        return NamedSharding(mesh, PartitionSpec("expert"))
-
-    return jax.tree_util.tree_map_with_path(place, shapes.opt_state)

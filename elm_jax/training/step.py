@@ -77,7 +77,7 @@ def token_loss(logits: jax.Array, targets: jax.Array, spec: LossSpec) -> jax.Arr
     return loss
 
 
-def _loss_and_metrics(
+def loss_and_metrics(
     model: T5,
     spec: ExpertSpec,
     loss_spec: LossSpec,
@@ -134,7 +134,7 @@ def make_train_step(
     """
     losses = loss_spec or LossSpec()
     grad_fn = jax.grad(
-        lambda *args: _loss_and_metrics(model, spec, losses, *args), argnums=0, has_aux=True
+        lambda *args: loss_and_metrics(model, spec, losses, *args), argnums=0, has_aux=True
     )
 
     def summed_gradients(

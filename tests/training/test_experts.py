@@ -292,3 +292,32 @@ def test_seqio_task_of_another_vocabulary(
     small = train_vocabulary(texts, tmp_path / "small", 19)
     with pytest.raises(ElmError, match=r"has id \d+, but .*small.model ends at 118;"):
         make_plans([f"seqio:{seqio_task}"], Vocabulary(small), OPTIONS, 0)
+
+
+def test_shards_deal_out_every_expert_once(
+    backbone: Backbone, tasks: list[str], tmp_path: Path
+) -> None:
+    ids = [[plan.id for plan in plans(backbone, tasks, shard=(i, 3))] for i in range(3)]
+    assert ids == [NAMES[:2], NAMES[2:], []]  # blocks of two, as are trained at once
+    one_each = [plans(backbone, tasks, shard=(i, 2), experts_per_step=1) for i in range(2)]
+    assert [[plan.id for plan in part] for part in one_each] == [[NAMES[0], NAMES[2]], [NAMES[1]]]
+    assert run(backbone, tasks, tmp_path, replace(OPTIONS, shard=(2, 3))) == []
+
+
+def test_shards_give_the_experts_of_one_run(
+    trained: ExpertStore, backbone: Backbone, tasks: list[str], tmp_path: Path
+) -> None:
+    for index in (1, 0, 1):  # in any order, and again
+        run(backbone, tasks, tmp_path, replace(OPTIONS, shard=(index, 2)))
+    store = ExpertStore(tmp_path)
+    assert store.ids() == NAMES
+    for name in NAMES:
+        assert store.info(name).checksum == trained.info(name).checksum
+
+
+@pytest.mark.parametrize("shard", [(2, 2), (-1, 2), (0, 0)])
+def test_shards_that_are_none(shard: tuple[int, int]) -> None:
+    with pytest.raises(ElmError, match="0 <= I < N"):
+        replace(OPTIONS, shard=shard)
+    with pytest.raises(ElmError, match="a multitask expert is one expert"):
+        replace(OPTIONS, shard=(0, 2), multitask="all")

@@ -24,7 +24,7 @@ from elm_jax.errors import ElmError, TrainingDiverged
 from elm_jax.experts import ExpertStore, checksum, count_parameters, flatten, init_expert
 from elm_jax.experts.apply import backbone_shapes
 from elm_jax.models import T5Config, get_spec
-from elm_jax.training import LossSpec, Member, OptimizerSpec, RunConfig, loop, train_stack
+from elm_jax.training import LossSpec, Member, OptimizerSpec, RunConfig, program, train_stack
 from elm_jax.training.loop import expert_key
 from elm_jax.training.metrics import MetricsWriter, read_metrics
 
@@ -121,7 +121,7 @@ def test_runs_alike_compile_once(
     params: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Other experts, data and (at a constant rate) lengths of the run need no other step."""
-    make, traced = loop.make_train_step, []
+    make, traced = program.make_train_step, []
 
     def make_counted(*args: object, **kwargs: object) -> Callable[..., object]:
         step = make(*args, **kwargs)
@@ -132,14 +132,14 @@ def test_runs_alike_compile_once(
 
         return counted
 
-    monkeypatch.setattr(loop, "make_train_step", make_counted)
-    loop._functions.cache_clear()
+    monkeypatch.setattr(program, "make_train_step", make_counted)
+    program._functions.cache_clear()
     train(params, tmp_path / "one", members=MEMBERS[:1])
     train(params, tmp_path / "other", replace(RUN, train_steps=4), members=MEMBERS[1:])
     assert traced == [1]
     train(params, tmp_path / "both")
     assert traced == [1, 2]
-    loop._functions.cache_clear()
+    program._functions.cache_clear()
 
 
 def test_state_on_disk_holds_no_backbone(params: dict, tmp_path: Path) -> None:

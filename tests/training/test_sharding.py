@@ -17,16 +17,36 @@ from elm_jax.errors import ElmError
 from elm_jax.experts import expert_shapes, flatten, logical_axes
 from elm_jax.experts.apply import backbone_shapes
 from elm_jax.models import PRESETS, T5Config, get_spec
-from elm_jax.training import MeshSpec, make_mesh
-from elm_jax.training.sharding import RULES, partition_spec, shardings
+from elm_jax.training import MeshSpec, OptimizerSpec, make_mesh
+from elm_jax.training.program import build_program
+from elm_jax.training.sharding import (
+    RULES,
+    abstract_mesh,
+    backbone_shardings,
+    check_work,
+    optimizer_shardings,
+    parse_rule,
+    partition_spec,
+    shardings,
+)
 
 CONFIG = T5Config(
     vocab_size=24, emb_dim=16, num_heads=2, head_dim=8, mlp_dim=24,
     num_encoder_layers=1, num_decoder_layers=1,
 )  # fmt: skip
+LAYOUTS = {
+    "data_parallel": "data_parallel",
+    "fsdp": "fsdp",
+    "tensor_parallel": "tensor_parallel",
+    "expert_parallel": "expert_parallel=2 data=4",
+    "all": "expert=2,data=2,fsdp=2",
+    "three": "fsdp=2 tensor=2 data_parallel",
+    "single": "single",
+}
+"""Every preset, and products of them."""
 
 # Runs where eight devices are forced; prints what each mesh gave, or the error it raised.
-PROGRAM = """
+PROGRAM = f"""
 import json, sys
 import jax
 sys.path.insert(0, sys.argv[1])
@@ -36,72 +56,87 @@ from elm_jax.models import T5Config, get_spec
 from elm_jax.training import *
 
 assert jax.device_count() == 8
-config = T5Config(24, 16, 2, 8, 24, 1, 1, dropout_rate=0.0)
-optimizers = {"adamw": OptimizerSpec(), "adafactor": OptimizerSpec(name="adafactor")}
-out = {}
+config = T5Config(24, 16, 8, 2, 24, 1, 1, dropout_rate=0.0)
+optimizers = {{"adamw": OptimizerSpec(), "adafactor": OptimizerSpec(name="adafactor")}}
+out = {{}}
 
-def losses(label, mesh, kind="adapter", optimizer="adamw", rows=8, count=2, devices=None, **sizes):
-    members = [Member(f"e{i}", tiny.Stream(i, config, rows)) for i in range(count)]
+def losses(label, mesh, kind="adapter", optimizer="adamw", rows=8, count=2, rules={{}}, **sizes):
+    members = [Member(f"e{{i}}", tiny.Stream(i, config, rows)) for i in range(count)]
     run = RunConfig(train_steps=3, optimizer=optimizers[optimizer], log_every=1)
     try:
+        spec = MeshSpec.parse(mesh, rules)
         trained = train_stack(
             config.replace(**sizes), initialize(config.replace(**sizes), 0).params, get_spec(kind),
-            members, run, folder=f"{sys.argv[2]}/{label}", mesh=make_mesh(mesh, devices),
+            members, run, folder=f"{{sys.argv[2]}}/{{label}}", mesh=make_mesh(spec),
+            rules=spec.logical_rules(),
         )
     except ValueError as error:
-        out[label] = f"{type(error).__name__}: {error}"
+        out[label] = f"{{type(error).__name__}}: {{error}}"
         return
     out[label] = [[row["loss"] for row in t.history] for t in trained]
 
-one = jax.devices()[:1]
-losses("one", MeshSpec(), devices=one)
-losses("all", MeshSpec(expert=2, data=2, fsdp=2))
-losses("one_full", MeshSpec(), "full", "adafactor", devices=one)
-losses("full", MeshSpec(expert=2, fsdp=2, tensor=2), "full", "adafactor")
-losses("rows", MeshSpec(), rows=6)
-losses("stack", MeshSpec(expert=2), count=3)
-losses("heads", MeshSpec(tensor=8), mlp_dim=20)
-losses("few", MeshSpec(expert=3), count=3)
+for label, mesh in {LAYOUTS}.items():
+    losses(label, mesh)
+losses("ruled", "fsdp=4,tensor=2", rules={{"adapter": ("tensor",), "batch": ("data",)}})
+losses("one_full", "single", "full", "adafactor")
+losses("full", "expert=2,fsdp=2,tensor=2", "full", "adafactor")
+losses("rows", "data_parallel", rows=6)
+losses("stack", "expert=2", count=3)
+losses("mlp", "tensor=8", mlp_dim=20)
+losses("few", "expert=3", count=3)
 print(json.dumps(out))
 """
 
 
 @pytest.fixture(scope="module")
 def eight(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     tests = Path(__file__).parent.parent
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(tests), str(tmp_path_factory.mktemp("runs"))],
-        env=environment | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_losses_do_not_depend_on_the_mesh(eight: dict) -> None:
-    assert np.shape(eight["one"]) == (2, 3)
-    np.testing.assert_allclose(eight["all"], eight["one"], rtol=2e-4)
+@pytest.mark.parametrize("layout", [*LAYOUTS, "ruled"])
+def test_losses_do_not_depend_on_the_mesh(eight: dict, layout: str) -> None:
+    assert np.shape(eight["single"]) == (2, 3)
+    np.testing.assert_allclose(eight[layout], eight["single"], rtol=2e-4)
 
 
 def test_tensor_parallel_full_experts_with_factored_moments(eight: dict) -> None:
     np.testing.assert_allclose(eight["full"], eight["one_full"], rtol=2e-4)
 
 
-def test_sizes_that_do_not_divide_are_named(eight: dict) -> None:
-    axes = r"over mesh axes ('data', 'fsdp')"
-    assert eight["rows"] == f"ElmError: a batch of size 6 cannot be split 8 ways {axes}"
+def test_what_does_not_divide_is_named_with_the_nearest_that_would(eight: dict) -> None:
+    assert eight["rows"] == (
+        "ElmError: a batch of size 6 cannot be split 8 ways over mesh axes ('data', 'fsdp'); "
+        "nearest that would: 6 ways, or a size of 8"
+    )
     assert "a stack of experts of size 3 cannot be split 2 ways" in eight["stack"]
-    assert "mlp/wi_0/kernel: axis 'mlp' of size 20 cannot be split 8 ways" in eight["heads"]
-    assert "does not fit 8 devices" in eight["few"]
+    assert "nearest that would: 1 or 3 ways, or a size of 2 or 4" in eight["stack"]
+    assert (
+        "mlp/wi_0/kernel: axis 'mlp' of size 20 cannot be split 8 ways over mesh axes "
+        "('tensor',); nearest that would: 5 or 10 ways"
+    ) in eight["mlp"]
+    assert (
+        "mesh expert=3 x data=-1 x fsdp=1 x tensor=1 needs a multiple of 3 devices, so it does "
+        "not fit 8 devices; nearest that does: expert=4 x data=2 x fsdp=1 x tensor=1"
+    ) in eight["few"]
 
 
+@pytest.mark.parametrize("scanned", [False, True])
 @pytest.mark.parametrize("kind", PRESETS)
-def test_rules_cover_every_array(kind: str) -> None:
+def test_rules_cover_every_array(kind: str, scanned: bool) -> None:
     spec, mesh = get_spec(kind), make_mesh()
-    backbone_axes, expert_axes = logical_axes(CONFIG, spec)
+    config = CONFIG.replace(scan_layers=scanned)
+    backbone_axes, expert_axes = logical_axes(config, spec)
     for axes, shapes, stacked in (
-        (backbone_axes, backbone_shapes(CONFIG), False),
-        (expert_axes, expert_shapes(CONFIG, spec), True),
+        (backbone_axes, backbone_shapes(config), False),
+        (expert_axes, expert_shapes(config, spec), True),
     ):
         placed = shardings(mesh, axes, shapes, stacked=stacked)
         assert set(flatten(placed)) == set(flatten(shapes))
@@ -122,12 +157,116 @@ def test_axis_without_a_rule() -> None:
     shapes = {"w": jax.ShapeDtypeStruct((2,), np.float32)}
     with pytest.raises(ElmError, match="w: has no logical axis names"):
         shardings(make_mesh(), {}, shapes)
+    with pytest.raises(ElmError, match="w: 2 axis names for shape"):
+        shardings(make_mesh(), {"w": ("embed", "mlp")}, shapes)
+
+
+def test_rules_may_be_changed() -> None:
+    spec = MeshSpec(rules={"adapter": "tensor", "embed": (), "batch": ["data"]})
+    assert hash(spec) == hash(MeshSpec(rules=spec.rules))
+    rules = spec.logical_rules()
+    assert partition_spec(("embed", "adapter"), rules=rules) == PartitionSpec(None, "tensor")
+    assert dict(rules)["batch"] == ("data",) and dict(rules)["vocab"] == ("tensor",)
+    with pytest.raises(ElmError, match="no such logical axis.*did you mean 'adapter'"):
+        MeshSpec(rules={"adaptor": "tensor"})
+    with pytest.raises(ElmError, match="rule for 'mlp': no mesh axis 'tensr'.*'tensor'"):
+        MeshSpec(rules={"mlp": "tensr"})
+    with pytest.raises(ElmError, match="expected LOGICAL_AXIS=MESH_AXIS"):
+        parse_rule("mlp")
+    twice = MeshSpec(rules={"embed": "tensor"}).logical_rules()
+    with pytest.raises(ElmError, match="w: rules split both 'embed' and 'mlp' over .* 'tensor'"):
+        partition_spec(("embed", "mlp"), "w", twice)
+
+
+@pytest.mark.parametrize(("axis", "logical"), [("fsdp", "embed"), ("tensor", "vocab")])
+def test_backbone_is_not_replicated_by_accident(axis: str, logical: str) -> None:
+    axes, shapes = logical_axes(CONFIG, None)[0], backbone_shapes(CONFIG)
+    mesh = abstract_mesh(MeshSpec.parse(f"{axis}=2"))
+    backbone_shardings(mesh, axes, shapes)
+    off = {name: () for name in ("embed", "vocab", "mlp", "joined_kv")}
+    rules = MeshSpec(rules=off).logical_rules()
+    with pytest.raises(ElmError, match=f"'{axis}' has 2 ways, but the rules split 0%.*{logical}="):
+        backbone_shardings(mesh, axes, shapes, rules)
+    backbone_shardings(abstract_mesh(MeshSpec(data=2)), axes, shapes, rules)  # asked for
+
+
+def test_state_of_optimizers_lies_as_its_expert() -> None:
+    mesh, spec = abstract_mesh(MeshSpec.parse("expert=2,fsdp=2,tensor=2")), get_spec("full")
+    config = CONFIG.replace(emb_dim=256, mlp_dim=512, vocab_size=256)
+    specs = {}
+    for name in ("adamw", "adafactor"):
+        program = build_program(config, spec, 2, mesh, optimizer=OptimizerSpec(name=name))
+        leaves = jax.tree_util.tree_leaves_with_path(program.state.opt_state)
+        specs |= {
+            jax.tree_util.keystr(path, simple=True, separator="/"): s.spec for path, s in leaves
+        }
+
+    def one(state: str, array: str) -> PartitionSpec:
+        [found] = [spec for path, spec in specs.items() if f"/{state}/" in path and array in path]
+        return found
+
+    kernel = "decoder/layers_0/mlp/wo/kernel"
+    assert one("mu", kernel) == one("nu", kernel) == PartitionSpec("expert", "tensor", "fsdp")
+    # Adafactor sums over the longer axis (mlp) in one moment, over the other (embed) in the other.
+    assert one("v_row", kernel) == PartitionSpec("expert", "fsdp")
+    assert one("v_col", kernel) == PartitionSpec("expert", "tensor")
+    assert one("v", "decoder/decoder_norm/scale") == PartitionSpec("expert", "fsdp")
+    assert one("v_row", "decoder/decoder_norm/scale") == PartitionSpec("expert")  # placeholder
+    # Of a square array nobody can tell which axis is missing.
+    assert one("v_row", "token_embedder/embedding") == PartitionSpec("expert")
+
+
+def test_optimizer_state_of_nothing_is_named() -> None:
+    mesh, shape = abstract_mesh(MeshSpec(data=1)), jax.ShapeDtypeStruct((1, 3), np.float32)
+    with pytest.raises(ElmError, match=r"optimizer state mu/b of shape \(1, 3\) belongs to no"):
+        optimizer_shardings(mesh, {"mu": {"b": shape}}, {}, {})
 
 
 def test_meshes() -> None:
     mesh = make_mesh(MeshSpec(), jax.devices()[:1])
     assert dict(mesh.shape) == {"expert": 1, "data": 1, "fsdp": 1, "tensor": 1}
-    with pytest.raises(ElmError, match="tensor=3 does not fit 1 devices"):
+    with pytest.raises(ElmError, match="tensor=3 needs a multiple of 3 .* does not fit 1 devices"):
         make_mesh(MeshSpec(tensor=3), jax.devices()[:1])
-    with pytest.raises(ElmError, match="mesh axis 'fsdp' must be a positive integer, got 0"):
+    with pytest.raises(ElmError, match="mesh axis 'fsdp' must be a positive integer or -1, got 0"):
         MeshSpec(fsdp=0)
+    with pytest.raises(ElmError, match="'data' and 'fsdp' are both -1"):
+        MeshSpec(fsdp=-1)
+    assert MeshSpec(fsdp=4).fit(16) == {"expert": 1, "data": 4, "fsdp": 4, "tensor": 1}
+    assert dict(abstract_mesh(MeshSpec(fsdp=4)).shape)["data"] == 1
+    with pytest.raises(ElmError, match="needs 12 devices.*nearest that does: expert=1 x data=4 x"):
+        MeshSpec(data=3, fsdp=4).fit(16)
+    check_work(abstract_mesh(MeshSpec(expert=2, data=2, fsdp=2)), 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"),
+    [
+        ("single", (1, 1, 1, 1)),
+        ("fsdp", (1, 1, -1, 1)),
+        ("data_parallel", (1, -1, 1, 1)),
+        ("tensor_parallel=2 data=4", (1, 4, 1, 2)),
+        ("data=2,fsdp=4,tensor=1,expert=2", (2, 2, 4, 1)),
+        ("fsdp=4", (1, -1, 4, 1)),
+        ("", (1, -1, 1, 1)),
+    ],
+)
+def test_meshes_as_users_write_them(text: str, sizes: tuple) -> None:
+    assert tuple(MeshSpec.parse(text).sizes().values()) == sizes
+    assert MeshSpec.parse(text.split()) == MeshSpec.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("fdsp=4", "no axis 'fdsp' (did you mean 'fsdp'?)"),
+        ("singel", "no axis 'singel'"),
+        ("tensor", "expected tensor=N"),
+        ("tensor=two", "'two' is not a whole number"),
+        ("fsdp=2,fsdp=4", "sets the axis 'fsdp' twice"),
+        ("fsdp,tensor_parallel", "are both -1"),
+    ],
+)
+def test_mistakes_in_meshes(text: str, said: str) -> None:
+    with pytest.raises(ElmError) as error:
+        MeshSpec.parse(text)
+    assert said in str(error.value)
