@@ -11,6 +11,7 @@ from elm_jax.checkpoints.backbone import (
 from elm_jax.checkpoints.fingerprint import fingerprint
 from elm_jax.checkpoints.folding import fold_expert
 from elm_jax.checkpoints.huggingface import from_huggingface, save_huggingface, to_huggingface
+from elm_jax.checkpoints.quantize import quantize_backbone
 from elm_jax.checkpoints.t5x import save_t5x
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "initialize",
     "load_backbone",
     "open_backbone",
+    "quantize_backbone",
     "save_backbone",
     "save_huggingface",
     "save_t5x",

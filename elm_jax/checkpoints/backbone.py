@@ -106,6 +106,8 @@ def initialize(config: T5Config, seed: int) -> Backbone:
       config: sizes and variants.
       seed: of the weights.
     """
+    if config.quantization is not None:
+        raise ElmError("random weights are float; draw them, then call quantize_backbone")
     params = _init_params(config, jax.random.key(seed))
     return Backbone("random", config, params, fingerprint(config, params))
 
@@ -469,5 +471,10 @@ def check_params(config: T5Config, params: Tree, where: object) -> None:
     """
     check_shapes(str(where), params, backbone_shapes(config))
     for path, array in flatten(params).items():
+        if config.quantization is not None:
+            raise ElmError(
+                f"{where}: quantised to {config.quantization}, which no file holds; save or export "
+                "the backbone as it was loaded"
+            )
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise ElmError(f"{where}: {path!r} has dtype {array.dtype}, expected a floating one")
