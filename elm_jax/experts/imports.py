@@ -31,7 +31,7 @@ from elm_jax.experts.tree import Tree, check_shapes, checksum, flatten, unflatte
 from elm_jax.models import ExpertSpec, T5Config
 
 FORMATS = ("peft", "adapters", "t5x", "own")
-_MAX_WIDTH = 2**20
+_MAX_NUMBER = 2**20
 Loader = Callable[[Path, T5Config], tuple[ExpertSpec, Tree]]
 _LOADERS: dict[str, Loader] = {
     "peft": peft.load_peft_expert,
@@ -165,10 +165,8 @@ def load_own_expert(
         ):
             raise ElmError(f"{where}: 'backbone' is {shown(recorded)}, expected its name and "
                            "fingerprint")  # fmt: skip
+        _check_types(info, where)
         check_backbone(info, backbone)
-        widths = [getattr(info.spec, key, 1) for key in ("bottleneck", "rank")]
-        if max(widths) > _MAX_WIDTH:
-            raise ElmError(f"{where}: {info.spec} is too wide")
         wanted = expert_shapes(config.replace(scan_layers=False), info.spec)
     except (TypeError, AttributeError) as error:  # values of another type than their field's
         raise ElmError(f"{where}: {error}") from error
@@ -184,6 +182,39 @@ def load_own_expert(
     params = unflatten(arrays)
     check_checksum(info, checksum(params), folder)
     return info, params
+
+
+def _check_types(info: ExpertInfo, where: Path) -> None:
+    """Checks what `ExpertInfo.from_json` takes as it is.
+
+    Raises:
+      ElmError: naming a field whose value has another type, or is out of range.
+    """
+    fields: dict[str, bool] = {
+        "settings": isinstance(info.settings, Mapping),
+        "metrics": isinstance(info.metrics, Mapping),
+        "history": all(isinstance(row, Mapping) for row in info.history),
+        "merged_from": info.merged_from is None or isinstance(info.merged_from, list),
+        "checksum": isinstance(info.checksum, str),
+    }
+    fields |= {
+        name: all(isinstance(text, str) for text in getattr(info, name))
+        for name in ("tasks", "prompts")
+    }
+    for field in dataclasses.fields(info.spec):
+        value, default = getattr(info.spec, field.name), field.default
+        if isinstance(default, (bool, str)):
+            fields[f"spec.{field.name}"] = type(value) is type(default)
+        elif not isinstance(default, tuple) and value is not None:  # tuples are checked already
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            fields[f"spec.{field.name}"] = number and abs(value) <= _MAX_NUMBER
+    for name, good in fields.items():
+        if not good:
+            owner, name = (info.spec, name[5:]) if name.startswith("spec.") else (info, name)
+            raise ElmError(
+                f"{where}: {name!r} is {shown(getattr(owner, name))}, which is out of range or of "
+                "another type than it should be"
+            )
 
 
 def _instances(folder: Path) -> list[dict[str, Any]]:

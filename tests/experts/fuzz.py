@@ -32,10 +32,11 @@ from elm_jax.experts import (
     expert_shapes,
     export_expert,
     flatten,
+    import_expert,
     load_adapters_expert,
     load_peft_expert,
 )
-from elm_jax.experts.imports import detect_format, load_own_expert
+from elm_jax.experts.imports import detect_format
 from elm_jax.experts.tree import unflatten
 from elm_jax.models import AdapterSpec, LoraSpec, T5Config
 
@@ -82,8 +83,9 @@ def read(folder: Path) -> str:
     if format == "t5x":
         return format
     if format == "own":
-        info, params = load_own_expert(folder, CONFIG, BACKBONE)
-        spec = info.spec
+        store = ExpertStore(folder.parent / "there", create=True)
+        spec = import_expert(store, folder, "new", config=CONFIG, backbone=BACKBONE).spec
+        params = store.load("new", backbone=BACKBONE)[1]
     else:
         load: Any = load_peft_expert if format == "peft" else load_adapters_expert
         spec, params = load(folder, CONFIG)

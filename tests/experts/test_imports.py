@@ -141,11 +141,15 @@ def npz(store: ExpertStore, tmp_path: Path) -> Path:
     [
         ({"backbone": {}}, "'backbone' is {}, expected its name and fingerprint"),
         ({"backbone": {"name": 1, "fingerprint": 2}}, "'backbone' is"),
-        ({"spec": {"kind": "lora", "rank": 2**30}}, "is too wide"),
+        ({"spec": {"kind": "lora", "rank": 2**30}}, "'rank' is 1073741824, which is out"),
+        ({"spec": {"kind": "lora", "alpha": 10**400}}, "'alpha' is 1000"),
+        ({"spec": {"kind": "lora", "dropout_rate": False}}, "'dropout_rate' is False"),
+        ({"settings": 3}, "'settings' is 3, which is out of range or of another type"),
+        ({"history": [3]}, r"'history' is \(3,\)"),
+        ({"tasks": [3]}, r"'tasks' is \(3,\)"),
         ({"spec": {"kind": "lora", "rank": "2"}}, "lora.rank must be a positive integer"),
         ({"spec": {"kind": "lora", "rank": 3}}, r"has shape \(12, 2\).*expected \(12, 3\)"),
         ({"spec": 3}, "expert.json"),
-        ({"tasks": 3}, "expert.json"),
         ({"checksum": "sha256:0"}, "is not the recorded sha256:0; the expert is damaged"),
     ],
 )
