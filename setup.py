@@ -7,6 +7,8 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = (ROOT / "elm_jax" / "version.py").read_text().split('__version__ = "')[1].split('"')[0]
 
+GIT = "git+https://github.com"
+
 CORE = [
     "jax>=0.10",
     "flax>=0.12.8",
@@ -16,9 +18,11 @@ CORE = [
     "gin-config>=0.5.0",
     "ml-collections",
     "ml_dtypes",
+    "msgpack",
     "numpy",
     "safetensors",
     "sentencepiece",
+    "tensorstore",
     "tqdm",
 ]
 EXTRAS = {
@@ -38,15 +42,28 @@ EXTRAS = {
         "scann>=1.4.2",
         "tensorflow>=2.20,<2.21",
     ],
+    "hub": ["datasets"],
+    # BLEU and BERTScore; the other metrics need no more than "report".
+    "metrics": ["sacrebleu", "bert-score"],
+    # Apache Beam asks for protobuf below 7, newer sentencepiece for 7: see docs/p3.md.
+    "cache": ["seqio>=0.0.20", "apache-beam", "sentencepiece<0.2.2"],
     "report": ["rouge-score", "tensorboardX"],
     "gpu": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],
     "test": ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML", "peft", "transformers"],
-    # t5x, airio and jestimator are not on PyPI: these are the commits that were run.
+    # t5x, airio and jestimator are not on PyPI: these are the commits that were run. They ask for
+    # one another's newest commits and for old pins, so pip takes them with --no-deps alone: see
+    # docs/t5x.md.
     "t5x": [
-        "t5x @ git+https://github.com/google-research/t5x@cc342d4",
-        "airio @ git+https://github.com/google/airio@69897df",
-        "jestimator @ git+https://github.com/google-research/jestimator@326824a",
+        f"t5x @ {GIT}/google-research/t5x@cc342d419ec3e3e9c4bf1df33c82330cafdc1e16",
+        f"airio @ {GIT}/google/airio@69897df7d9a427b947a9f7bb4164c7782b43e601",
+        f"jestimator @ {GIT}/google-research/jestimator@326824a477feef6d92e6f44175000907a72899ca",
+        "clu>=0.0.12",
+        "fiddle>=0.3.1",
+        "cached_property",
+        "jaxtyping",
+        "grain",
+        "tensorboard",
     ],
 }
 EXTRAS["all"] = sorted({p for name in ("data", "retrieval", "report") for p in EXTRAS[name]})
@@ -69,7 +86,7 @@ setup(
     ],
     package_dir={f"elm_jax.{folder.replace('/', '.')}": folder for folder in GIN},
     package_data={
-        "elm_jax": ["assets/*/*", "py.typed"],
+        "elm_jax": ["assets/*/*", "data/catalog/*.json", "evaluation/*.json", "py.typed"],
         **{f"elm_jax.{folder.replace('/', '.')}": ["*.gin"] for folder in GIN},
     },
     install_requires=CORE,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util  # noqa: F401  (gin-config 0.5.0 uses it without importing it)
-import logging
+import inspect
 import os
 import re
 import sys
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from elm_jax import gin_check
 from elm_jax.cli.main import describe
 from elm_jax.errors import ElmError, nearest
 
@@ -89,17 +90,14 @@ def run(function: Callable[..., Any], argv: Sequence[str] | None = None) -> int:
 
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = parse_arguments(arguments, sys.modules[function.__module__].__doc__ or "")
-    for path in [str(gin_folder()), *reversed(args.gin_search_paths), "."]:
-        gin.add_config_file_search_path(path)
-    # gin logs an error for every search path that lacks a file, found elsewhere or not.
-    logging.getLogger().addFilter(lambda record: "Path not found" not in record.getMessage())
+    folders = [*map(Path, args.gin_search_paths), Path(), gin_folder()]
     try:
-        gin.parse_config_files_and_bindings(args.gin_file, None, finalize_config=False)
-        for binding in args.bindings:
-            _check_macro(binding.partition(" = ")[0], args.gin_file)
-        gin.parse_config_files_and_bindings([], args.bindings)
+        gin_check.set_search_path(folders)
+        gin.parse_config_files_and_bindings(args.gin_file, args.bindings, finalize_config=False)
+        _check_use(function, args, folders)
+        gin.finalize()
     except Exception as error:  # whatever is wrong in a configuration is its writer's to mend
-        return _fail(str(error))
+        return _fail(str(error) + _nearest_parameter(str(error), function))
     try:
         gin.get_configurable(function)()
     except Exception as error:
@@ -112,19 +110,46 @@ def run(function: Callable[..., Any], argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _check_macro(name: str, files: Sequence[str]) -> None:
-    """Refuses to set a macro that no file has; gin would take it and do nothing."""
-    import gin
+def _check_use(
+    function: Callable[..., Any], args: argparse.Namespace, folders: Sequence[Path]
+) -> None:
+    """Refuses what gin would take and do nothing with, or would miss in the middle of the run.
 
-    if "." in name or "/" in name:
-        return  # a parameter, which gin checks itself
-    try:
-        gin.query_parameter(f"%{name}")
-    except ValueError:
-        folders = [gin_folder(), Path(".")]
-        texts = [f.read_text() for d in folders for name_ in files if (f := d / name_).is_file()]
-        known = re.findall(r"^(\w+) = ", "\n".join(texts), re.MULTILINE)
-        raise ElmError(f"no gin file has a macro {name!r}{nearest(name, known)}") from None
+    Raises:
+      ElmError: for a macro that is read but not set; and for a macro or parameter which the user
+        set, by a flag or in a file of their own, and which nothing reads.
+    """
+    for text in gin_check.unset_macros([function]):
+        raise ElmError(text)
+    names = [binding.partition(" = ")[0] for binding in args.bindings]
+    macros = [name for name in names if "." not in name]
+    for path in (gin_check.find(name, folders) for name in args.gin_file):
+        if path is not None and not path.resolve().is_relative_to(gin_folder().resolve()):
+            macros += gin_check.read(path).macros
+    for text in gin_check.unread_macros([function], macros).values():
+        raise ElmError(text)
+    used = gin_check.used([function])
+    for name in names:
+        selector = name.split("/")[-1].rpartition(".")[0]  # as much of the name as gin needs
+        if not selector or selector.split(".")[-1] == function.__name__:
+            continue
+        if not any(f".{full}".endswith(f".{selector}") for full in used):
+            raise ElmError(f"nothing reads {name}: the run does not use {selector}")
+
+
+def _nearest_parameter(message: str, function: Callable[..., Any]) -> str:
+    """Completes gin's message about a parameter that a configurable lacks."""
+    found = re.search(r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", message)
+    if found is None:
+        return ""
+    used = gin_check.used([function]).items()
+    names = [
+        p
+        for name, made in used
+        if f".{name}".endswith(f".{found[1]}")
+        for p in inspect.signature(made).parameters
+    ]
+    return nearest(found[2], names)
 
 
 def _fail(text: str) -> int:

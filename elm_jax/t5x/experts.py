@@ -20,6 +20,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from elm_jax.checkpoints.orbax import open_orbax
+from elm_jax.checkpoints.stored import StoredArray
+from elm_jax.checkpoints.t5x import LEGACY_FILE, STATE_FOLDER, TARGET, open_t5x
 from elm_jax.errors import ElmError, nearest
 from elm_jax.experts.apply import check_expert
 from elm_jax.experts.tree import Tree, check_shapes, flatten, unflatten
@@ -40,7 +43,6 @@ EXPERT = "expert"
 FORMAT = "elm_jax expert in t5x"
 FORMAT_VERSION = 1
 SIDE_FILE = "expert.json"
-_TENSORSTORE = {"driver", "kvstore", "metadata"}
 
 
 def join(backbone: Mapping[str, Any], expert: Tree | None) -> dict[str, Any]:
@@ -204,7 +206,7 @@ def read_facts(path: str | Path) -> dict[str, Any] | None:
 def is_t5x_checkpoint(path: str | Path) -> bool:
     """Whether a folder is one t5x checkpoint, Orbax or legacy."""
     folder = epath.Path(path)
-    return (folder / "state").is_dir() or (folder / "checkpoint").is_file()
+    return (folder / STATE_FOLDER).is_dir() or (folder / LEGACY_FILE).is_file()
 
 
 def find_checkpoint(path: str | Path) -> epath.Path:
@@ -233,18 +235,12 @@ def find_checkpoint(path: str | Path) -> epath.Path:
 
 
 def checkpoint_shapes(path: str | Path) -> Tree:
-    """Returns the parameters of a checkpoint (its `target`) as a tree of things with a `shape`.
+    """Returns the parameters of a checkpoint (its `target`) as a tree of what has a `shape`.
 
     Raises:
       ElmError: if the files are damaged.
     """
-    folder = epath.Path(path).resolve()
-    if (folder / "state").is_dir():
-        return _orbax_tree(folder)
-    return unflatten(
-        {k: _Shape(v["metadata"]["shape"]) if _is_spec(v) else np.asarray(v)
-         for k, v in _legacy_leaves(folder).items()}
-    )  # fmt: skip
+    return unflatten(_open(Path(path)))
 
 
 def read_arrays(path: str | Path, key: str | None = None) -> Tree:
@@ -253,83 +249,23 @@ def read_arrays(path: str | Path, key: str | None = None) -> Tree:
     Raises:
       ElmError: if the files are damaged, or there is no such key.
     """
-    folder = epath.Path(path).resolve()
-    tree = checkpoint_shapes(folder)
-    if key is not None and key not in tree:
-        raise ElmError(f"{folder} holds no {key!r}{nearest(key, tree)}")
-    read = _read_orbax if (folder / "state").is_dir() else _read_legacy
-    arrays = read(folder, tree if key is None else {key: tree[key]})
-    return arrays if key is None else arrays[key]
+    arrays = _open(Path(path))
+    if key is not None:
+        below = {k.removeprefix(f"{key}/"): v for k, v in arrays.items() if k.startswith(f"{key}/")}
+        if not below:
+            raise ElmError(f"{path} holds no {key!r}{nearest(key, unflatten(arrays))}")
+        arrays = below
+    return unflatten({name: array.read() for name, array in arrays.items()})
 
 
-class _Shape:
-    """The shape of an array that was not read."""
-
-    def __init__(self, shape: list[int]) -> None:
-        self.shape = tuple(shape)
-
-
-def _orbax_tree(folder: epath.Path) -> Tree:
-    import orbax.checkpoint as ocp
-
-    try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            metadata: Any = checkpointer.metadata(folder / "state")
-            return metadata.item_metadata.tree["target"]
-    except Exception as error:  # Orbax and tensorstore raise many types for a damaged file
-        raise ElmError(f"{folder}: no t5x checkpoint, or damaged ({_line(error)})") from error
-
-
-def _read_orbax(folder: epath.Path, wanted: Tree) -> Tree:
-    import jax
-    import orbax.checkpoint as ocp
-
-    item = {"target": wanted}
-    args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-    try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            return checkpointer.restore(
-                folder / "state",
-                args=ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True),
-            )["target"]
-    except Exception as error:  # as above
-        raise ElmError(f"{folder}: damaged or incomplete ({_line(error)})") from error
-
-
-def _legacy_leaves(folder: epath.Path) -> dict[str, Any]:
-    """Returns the leaves of a legacy checkpoint's `target`: arrays, or tensorstore's specs."""
-    from flax import serialization, traverse_util
-
-    try:
-        state = serialization.msgpack_restore((folder / "checkpoint").read_bytes())
-        target = state.get("optimizer", state)["target"]
-        return traverse_util.flatten_dict(target, sep="/", is_leaf=lambda _, node: _is_spec(node))
-    except Exception as error:  # msgpack raises many types for a damaged file
-        raise ElmError(f"{folder / 'checkpoint'}: damaged ({_line(error)})") from error
-
-
-def _is_spec(leaf: Any) -> bool:
-    return isinstance(leaf, Mapping) and set(leaf) >= _TENSORSTORE
-
-
-def _read_legacy(folder: epath.Path, wanted: Tree) -> Tree:
-    import tensorstore as ts
-
-    leaves = _legacy_leaves(folder)
-    base = str(folder) if "://" in str(folder) else f"file://{folder}"
-
-    def read(path: str) -> np.ndarray:
-        leaf = leaves[path]
-        if not _is_spec(leaf):
-            return np.asarray(leaf)
-        name = Path(leaf["kvstore"]["path"]).name  # written relative, but for some old ones
-        spec = {"driver": leaf["driver"], "kvstore": f"{base}/{name}/"}
-        try:
-            return ts.open(spec, open=True).result().read().result()
-        except Exception as error:  # tensorstore raises many types for a damaged file
-            raise ElmError(f"{folder / name}: damaged ({_line(error)})") from error
-
-    return unflatten({path: read(path) for path in flatten(wanted)})
+def _open(folder: Path) -> dict[str, StoredArray]:
+    """Opens a checkpoint's parameters; an expert's layers stay as they were trained."""
+    if not (folder / STATE_FOLDER).is_dir():
+        return open_t5x(folder)
+    arrays = open_orbax(folder / STATE_FOLDER, lambda path: path.startswith(TARGET))
+    if not arrays:
+        raise ElmError(f"{folder}: holds no parameters under 'target'")
+    return {path.removeprefix(TARGET): array for path, array in arrays.items()}
 
 
 def _check_config(facts: Mapping[str, Any], config: T5Config, folder: epath.Path) -> None:
@@ -379,7 +315,3 @@ def _block(path: str) -> str:
     if "/encoder_decoder_attention/" in path:
         return "cross"
     return path.split("/")[0]
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

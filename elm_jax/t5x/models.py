@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import seqio
+from flax.core import unfreeze
 from t5x import models as t5x_models
 from t5x import optimizers as t5x_optimizers
 
@@ -125,7 +126,7 @@ class ExpertModel(t5x_models.BaseTransformerModel):
         Raises:
           ElmError: if the params hold no expert and the model has a spec, or the other way round.
         """
-        backbone, expert = split(params)
+        backbone, expert = split(unfreeze({**params}))
         if (expert is None) != (self.spec is None):
             found = "no expert" if expert is None else "an expert"
             raise ElmError(f"the parameters hold {found}, but the model's spec is {self.spec}")
