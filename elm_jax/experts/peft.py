@@ -175,7 +175,7 @@ def peft_from_lora(
     # All blocks: PEFT's short names say it, and fit another depth, too.
     short = dict.fromkeys(module.rpartition(".")[2] for module in modules)
     everywhere = set(spec.blocks) == set(BLOCKS)
-    config = {
+    config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "SEQ_2_SEQ_LM",
         "base_model_name_or_path": base_model,
