@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 from elm_jax.cli import common
@@ -26,10 +27,25 @@ def add_parser(subparsers: Any) -> None:
         nargs="+",
         default=["none"],
         metavar="WITH",
-        help="none, all, oracle, retrieved, random, or the id of an expert; several at once",
+        help="none, all, oracle, retrieved, random, or the id of an expert; several at once. "
+        "Variants of retrieval: retrieved:OPTION,OPTION with weighted (votes by similarity), "
+        "first (ties as the published code), instance (each its own expert), topK (the K experts "
+        "with most votes, merged), queries=Q, rows (the first Q vote), library=NAME",
     )
-    parser.add_argument("--library", metavar="LIB", help="expert library, for --with retrieved")
-    parser.add_argument("--embedder", help="name or folder, if the library's cannot be found")
+    parser.add_argument(
+        "--library",
+        nargs="+",
+        default=[],
+        metavar="[NAME=]LIB",
+        help="expert library, for --with retrieved; further ones by name",
+    )
+    parser.add_argument(
+        "--embedder",
+        nargs="+",
+        default=[],
+        metavar="[NAME=]EMBEDDER",
+        help="name or folder, if a library's cannot be found",
+    )
     parser.add_argument("--output", required=True, metavar="RESULTS")
     how = parser.add_argument_group("scoring")
     how.add_argument("--split", default="test")
@@ -47,15 +63,131 @@ def add_parser(subparsers: Any) -> None:
     how.add_argument("--max-targets-length", type=int, default=128, metavar="U")
     how.add_argument("--max-examples", type=int, metavar="N", help="examples per task")
     how.add_argument("--queries", type=int, default=32, metavar="Q", help="instances that vote")
-    how.add_argument("--seed", type=int, default=0, help="of queries and random experts")
+    how.add_argument("--seed", type=int, default=0, help="of queries, random experts and draws")
     how.add_argument("--vocabulary", help="SentencePiece model, if not the backbone's")
+    how.add_argument(
+        "--quantize", choices=("int8",), help="keep the matrices of the backbone in int8"
+    )
+    _add_generation(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
 
+def _add_generation(parser: argparse.ArgumentParser) -> None:
+    how = parser.add_argument_group(
+        "generation", "of tasks without answer choices; greedy unless an option says otherwise"
+    )
+    how.add_argument("--max-new-tokens", type=int, metavar="U", help="(--max-targets-length)")
+    how.add_argument("--min-new-tokens", type=int, metavar="U")
+    how.add_argument("--num-beams", type=int, metavar="N", help="beam search, if above 1")
+    how.add_argument("--length-penalty", type=float, metavar="P", help="above 0 favours long ones")
+    how.add_argument("--early-stopping", choices=("true", "false", "never"), help="of beams")
+    how.add_argument("--do-sample", action="store_true", default=None, help="draw tokens")
+    how.add_argument("--temperature", type=float)
+    how.add_argument("--top-k", type=int, metavar="K")
+    how.add_argument("--top-p", type=float, metavar="P")
+    how.add_argument("--no-repeat-ngram-size", type=int, metavar="N")
+
+
+def generation_config(args: argparse.Namespace) -> Any:
+    """Returns what the options of generation say, or None where there are none."""
+    from elm_jax.decoding import GenerationConfig
+
+    names = (
+        "max_new_tokens",
+        "min_new_tokens",
+        "num_beams",
+        "length_penalty",
+        "early_stopping",
+        "do_sample",
+        "temperature",
+        "top_k",
+        "top_p",
+        "no_repeat_ngram_size",
+    )
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if not given:
+        return None
+    if "early_stopping" in given:
+        word = given["early_stopping"]
+        given["early_stopping"] = word if word == "never" else word == "true"
+    return GenerationConfig(**{"max_new_tokens": args.max_targets_length} | given)
+
+
+class _Libraries:
+    """The libraries of the command line, each read when it is first asked for."""
+
+    def __init__(self, libraries: Sequence[str], embedders: Sequence[str]) -> None:
+        self._paths = dict(map(_named, libraries))
+        self._embedders = dict(map(_named, embedders))
+        self._read: dict[str | None, tuple[Any, Any]] = {}
+
+    def of(self, with_: str) -> tuple[Any, Any]:
+        """Returns the library that a strategy searches, and its embedder; else two Nones."""
+        from elm_jax.errors import ElmError, nearest
+        from elm_jax.evaluation.retrieval import RetrievalSpec, is_retrieval
+
+        if not is_retrieval(with_):
+            return None, None
+        name = RetrievalSpec.parse(with_).library
+        if name not in self._paths:
+            if name is None:
+                raise ElmError(f"--with {with_} needs --library (see `elm-jax library build`)")
+            known = [n for n in self._paths if n]
+            raise ElmError(
+                f"--with {with_}: no --library {name}=...{nearest(name, known)}; "
+                f"there are {', '.join(known) or 'none with a name'}"
+            )
+        if name not in self._read:
+            from elm_jax.evaluation.encoder import find_embedder
+            from elm_jax.retrieval import Library
+
+            library = Library.load(self._paths[name])
+            wanted = self._embedders.get(name, library.space.name)
+            self._read[name] = library, find_embedder(wanted)
+        return self._read[name]
+
+
+def _named(text: str) -> tuple[str | None, str]:
+    """Splits [NAME=]PATH.
+
+    >>> _named('a=b'), _named('b')
+    (('a', 'b'), (None, 'b'))
+    """
+    name, equals, path = text.partition("=")
+    return (name, path) if equals else (None, text)
+
+
+def _backbone(name: str, quantization: str | None) -> Any:
+    """Loads the backbone; what is to be quantised never sees the device in full."""
+    import dataclasses
+
+    import jax
+
+    from elm_jax.checkpoints import load_backbone, quantize_backbone
+
+    if quantization is None:
+        return load_backbone(name)
+    backbone = quantize_backbone(load_backbone(name, on_host=True), quantization)
+    return dataclasses.replace(backbone, params=jax.device_put(backbone.params))
+
+
+def _note_quantization(backbone: Any, infos: Any) -> None:
+    """Says which experts run on weights that are not quite those that they were trained on."""
+    import sys
+
+    wanted = backbone.config.quantization
+    others = [info.id for info in infos if info.settings.get("quantization") != wanted]
+    if others:
+        print(
+            f"note: the backbone is {'quantised to ' + wanted if wanted else 'not quantised'}; "
+            f"{len(others)} experts were trained the other way, such as {others[0]!r}",
+            file=sys.stderr,
+        )
+
+
 def run(args: argparse.Namespace) -> int:
     """Evaluates what the arguments say."""
-    from elm_jax.checkpoints.backbone import load_backbone
     from elm_jax.data.examples import find_tasks
     from elm_jax.errors import ElmError
     from elm_jax.evaluation.evaluate import EvaluationOptions, Evaluator
@@ -75,19 +207,13 @@ def run(args: argparse.Namespace) -> int:
         max_examples=args.max_examples,
         queries=args.queries,
         seed=args.seed,
+        generation=generation_config(args),
     )
     store = ExpertStore(args.store) if args.store else None
     if store is None and args.with_ != ["none"]:
         raise ElmError(f"--with {' '.join(args.with_)} needs --store")
-    library = embedder = None
-    if "retrieved" in args.with_:
-        if not args.library:
-            raise ElmError("--with retrieved needs --library (made by `elm-jax library build`)")
-        from elm_jax.retrieval import Library, load_embedder
-
-        library = Library.load(args.library)
-        embedder = load_embedder(args.embedder or library.space.name)
-    backbone = load_backbone(args.backbone)
+    libraries = _Libraries(args.library, args.embedder)
+    backbone = _backbone(args.backbone, args.quantize)
     bar = common.ProgressBar("scores", hide=args.json)
     try:
         evaluator = Evaluator(
@@ -99,7 +225,12 @@ def run(args: argparse.Namespace) -> int:
             options=options,
             report=bar.update,
         )
-        strategies = [evaluator.run(with_, library, embedder) for with_ in args.with_]
+        evaluator.check(args.with_)
+        _note_quantization(backbone, evaluator.infos.values())
+        given = [libraries.of(with_) for with_ in args.with_]
+        strategies = [
+            evaluator.run(with_, *pair) for with_, pair in zip(args.with_, given, strict=True)
+        ]
     finally:
         bar.close()
     if args.json:

@@ -18,6 +18,13 @@ _SEARCH_EXAMPLE = """example:
 """
 
 
+_TRAIN_EXAMPLE = """example:
+  elm-jax evaluate --store store --tasks 'seen/*' --with all --output seen-results
+  elm-jax library train-retriever library --results seen-results --tasks 'seen/*' --output retriever
+  elm-jax library build store --embedder retriever --output supervised-library
+"""
+
+
 def add_parser(subparsers: Any) -> None:
     """Adds `library build` and `library search`."""
     parser = subparsers.add_parser(
@@ -29,7 +36,9 @@ def add_parser(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
-    actions = parser.add_subparsers(dest="action", required=True, metavar="{build,search}")
+    actions = parser.add_subparsers(
+        dest="action", required=True, metavar="{build,search,train-retriever}"
+    )
 
     build = actions.add_parser(
         "build",
@@ -51,7 +60,14 @@ def add_parser(subparsers: Any) -> None:
         "--embedder",
         default="all-MiniLM-L6-v2",
         metavar="NAME",
-        help="a name or a sentence-transformers folder (default: %(default)s)",
+        help="a name, a sentence-transformers folder, backbone:NAME for a backbone's encoder, or "
+        "a trained retriever's folder (default: %(default)s)",
+    )
+    build.add_argument(
+        "--text-format",
+        default="choices_and_instance",
+        metavar="NAME",
+        help="form in which an instance is embedded (default: %(default)s)",
     )
     build.add_argument(
         "--include", nargs="+", default=[], metavar="P", help="only these expert ids"
@@ -82,6 +98,8 @@ def add_parser(subparsers: Any) -> None:
     search.add_argument(
         "--seed", type=int, default=0, help="which instances are drawn (default: %(default)s)"
     )
+    search.add_argument("--rule", choices=("majority", "weighted"), default="majority")
+    search.add_argument("--ties", choices=("similarity", "first"), default="similarity")
     search.add_argument(
         "--top", type=int, default=5, metavar="N", help="experts to list (default: %(default)s)"
     )
@@ -90,18 +108,46 @@ def add_parser(subparsers: Any) -> None:
     )
     search.add_argument("--json", action="store_true", help="print JSON")
 
+    train = actions.add_parser(
+        "train-retriever",
+        help="train a retriever from the scores of the experts on tasks that it may see",
+        epilog=_TRAIN_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    train.add_argument("library", metavar="LIB", help="a library of the experts that were scored")
+    train.add_argument(
+        "--results", required=True, metavar="RESULTS", help="of `elm-jax evaluate --with all`"
+    )
+    train.add_argument(
+        "--tasks",
+        nargs="+",
+        required=True,
+        metavar="PATTERN",
+        help="the tasks that it may see; keep those apart on which it will be judged",
+    )
+    train.add_argument("--split", default="train", help="whose instances it sees (%(default)s)")
+    train.add_argument("--steps", type=int, default=300)
+    train.add_argument("--learning-rate", type=float, default=1e-3)
+    train.add_argument("--keep-own", action="store_true", help="let tasks choose their own experts")
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--embedder", metavar="NAME", help="if the library's cannot be found")
+    train.add_argument("--output", required=True, metavar="DIR")
+    train.add_argument("--json", action="store_true", help="print JSON")
+
 
 def run(args: argparse.Namespace) -> int:
-    """Runs one of the two; raises what is the user's to mend."""
-    return _build(args) if args.action == "build" else _search(args)
+    """Runs one of the three; raises what is the user's to mend."""
+    return {"build": _build, "search": _search, "train-retriever": _train}[args.action](args)
 
 
 def _build(args: argparse.Namespace) -> int:
-    from elm_jax.retrieval import Library, load_embedder
+    from elm_jax.evaluation.encoder import find_embedder
+    from elm_jax.retrieval import Library
 
     library = Library.build(
         args.store,
-        load_embedder(args.embedder),
+        find_embedder(args.embedder),
+        form=args.text_format,
         instances_per_expert=args.instances_per_expert,
         include=args.include,
         exclude=args.exclude,
@@ -127,14 +173,17 @@ def _build(args: argparse.Namespace) -> int:
 
 def _search(args: argparse.Namespace) -> int:
     from elm_jax.errors import ElmError
-    from elm_jax.retrieval import Library, load_embedder, read_texts
+    from elm_jax.evaluation.encoder import find_embedder
+    from elm_jax.retrieval import Library, read_texts
 
     if args.top < 1:
         raise ElmError(f"--top must be at least 1, got {args.top}")
     library = Library.load(args.library)
-    texts = read_texts(args.instances)
-    embedder = load_embedder(args.embedder or library.space.name)
-    found = library.retrieve(texts, embedder, queries=args.queries, seed=args.seed)
+    texts = read_texts(args.instances, library.space.text_format)
+    embedder = find_embedder(args.embedder or library.space.name)
+    found = library.retrieve(
+        texts, embedder, queries=args.queries, seed=args.seed, rule=args.rule, ties=args.ties
+    )
     tasks = {entry.id: entry.tasks for entry in library.entries}
     top = list(found.votes)[: args.top]
     if args.json:
@@ -155,6 +204,58 @@ def _search(args: argparse.Namespace) -> int:
         votes, similarity = f"{found.votes[expert]}/{found.queries}", found.similarity[expert]
         rows.append((expert, votes, f"{similarity:.3f}", ", ".join(tasks[expert])))
     _print_table(rows)
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    from elm_jax.cli.common import ProgressBar
+    from elm_jax.data.examples import find_tasks
+    from elm_jax.evaluation.encoder import find_embedder
+    from elm_jax.evaluation.results import read_scores
+    from elm_jax.retrieval import Library, SupervisedConfig, format_instance, train_retriever
+
+    library = Library.load(args.library)
+    form = library.space.text_format
+    texts = {
+        task.name: [
+            format_instance(e.inputs, e.answer_choices, form) for e in task.split(args.split)
+        ]
+        for task in find_tasks(args.tasks)
+    }
+    scores: dict[str, dict[str, float]] = {}
+    for (task, expert), score in read_scores(args.results).items():
+        scores.setdefault(task, {})[expert] = score.score
+    config = SupervisedConfig(
+        steps=args.steps,
+        learning_rate=args.learning_rate,
+        mask_own=not args.keep_own,
+        seed=args.seed,
+    )
+    bar = ProgressBar("steps", hide=args.json)
+    try:
+        retriever = train_retriever(
+            library,
+            find_embedder(args.embedder or library.space.name),
+            texts,
+            scores,
+            config,
+            report=lambda step, value: bar.update(step, args.steps, f"held out {value:.3f}"),
+        )
+    finally:
+        bar.close()
+    retriever.save(args.output)
+    if args.json:
+        print(json.dumps({"retriever": args.output, "name": retriever.name, **retriever.facts}))
+        return 0
+    judged = retriever.facts["heldout_score"]
+    _print_table(
+        [
+            ("retriever", args.output),
+            ("tasks", f"{len(texts)}, {len(retriever.facts['heldout_tasks'])} of them held out"),
+            ("held-out score, frozen", f"{judged['frozen']:.3f}"),
+            ("held-out score, supervised", f"{judged['supervised']:.3f} at step {judged['step']}"),
+        ]
+    )
     return 0
 
 

@@ -33,12 +33,13 @@ from elm_jax.decoding import (
 from elm_jax.decoding.rank import rank
 from elm_jax.errors import ElmError, nearest
 from elm_jax.evaluation import metrics, results
-from elm_jax.experts import ExpertInfo, ExpertStore, check_backbone, stack
+from elm_jax.evaluation.retrieval import RETRIEVED, RetrievalSpec, is_retrieval
+from elm_jax.experts import ExpertInfo, ExpertStore, check_backbone, merge_trees, stack
 from elm_jax.experts.tree import Tree
 from elm_jax.models import T5, ExpertSpec
 from elm_jax.models.scan import from_storage
 
-WITH = ("none", "all", "oracle", "retrieved", "random")
+WITH = ("none", "all", "oracle", RETRIEVED, "random")
 GENERATION_METRICS = ("rouge_l", "exact_match")
 
 
@@ -296,7 +297,7 @@ class Evaluator:
         self.options = options or EvaluationOptions()
         self.units = make_units(tasks, self.options)
         self.infos = {info.id: info for info in store} if store is not None else {}
-        if clash := sorted(self.infos.keys() & set(WITH)):
+        if clash := sorted(i for i in self.infos if i in WITH or is_retrieval(i)):
             raise ElmError(
                 f"the store holds an expert called {clash[0]!r}, which is the name of a strategy; "
                 "train it under another name"
@@ -311,9 +312,10 @@ class Evaluator:
 
         Args:
           with_: 'none', 'all' (every expert on every task; no strategy by itself), 'oracle',
-            'retrieved', 'random', or the id of an expert.
-          library: an expert library, for 'retrieved'.
-          embedder: the library's embedder, for 'retrieved'.
+            'retrieved' (or a variant, 'retrieved:OPTION,...', see `RetrievalSpec`), 'random', or
+            the id of an expert.
+          library: an expert library, for a retrieval.
+          embedder: the library's embedder, for a retrieval.
 
         Returns:
           The strategy, or None for 'all'.
@@ -321,19 +323,13 @@ class Evaluator:
         Raises:
           ElmError: for an unknown strategy or expert, with the nearest name.
         """
-        if with_ not in WITH and with_ not in self.infos:
-            names = [*WITH, *self.infos]
-            raise ElmError(
-                f"--with {with_!r} is neither a strategy nor an expert{nearest(with_, names)}"
-            )
-        if with_ not in ("none", *self.infos) and not self.candidates():
-            raise ElmError(f"--with {with_} needs a store with experts of single tasks")
+        self.check([with_])
         if with_ == "all":
             wanted = ["none", *self.infos]
             self.score({unit.name: wanted for unit in self.units})
             return None
-        if with_ == "retrieved":
-            return self._retrieved(library, embedder)
+        if is_retrieval(with_):
+            return self._retrieved(with_, library, embedder)
         if with_ == "oracle":
             pool = self.candidates()
             self.score({unit.name: pool for unit in self.units})
@@ -348,8 +344,24 @@ class Evaluator:
             return self._finish(
                 "random", {u.name: pool[rng.integers(len(pool))] for u in self.units}
             )
-        name = "multitask" if with_ in self.infos and self.infos[with_].multitask else with_
+        multitask = [info.id for info in self.infos.values() if info.multitask]
+        name = "multitask" if multitask == [with_] else with_
         return self._finish(name, {unit.name: with_ for unit in self.units})
+
+    def check(self, names: Sequence[str]) -> None:
+        """Checks names of strategies and experts before anything is scored.
+
+        Raises:
+          ElmError: for one that is unknown, with the nearest, or that lacks its experts.
+        """
+        for with_ in names:
+            if is_retrieval(with_):
+                RetrievalSpec.parse(with_)
+            elif with_ not in WITH and with_ not in self.infos:
+                hint = nearest(with_, [*WITH, *self.infos])
+                raise ElmError(f"--with {with_!r} is neither a strategy nor an expert{hint}")
+            if with_ not in ("none", *self.infos) and not self.candidates():
+                raise ElmError(f"--with {with_} needs a store with experts of single tasks")
 
     def candidates(self) -> list[str]:
         """Returns the ids a task may be given: experts of single tasks, not merged ones."""
@@ -415,6 +427,8 @@ class Evaluator:
     def _settings(self, unit: Unit, expert: str) -> dict[str, Any]:
         checksum = None if expert == "none" else self.infos[expert].checksum
         facts = {"examples": unit.fingerprint, "expert_checksum": checksum}
+        if self.backbone.config.quantization is not None:
+            facts["quantization"] = self.backbone.config.quantization
         if not unit.ranked and self.options.generation is not None:
             facts["generation"] = dataclasses.asdict(self.options.generation)
             if self.options.generation.do_sample:
@@ -447,24 +461,98 @@ class Evaluator:
         results.write_score(self.output, score)
         self._scores[unit.name, expert] = score
 
-    def _retrieved(self, library: Any, embedder: Any) -> results.Strategy:
+    def _retrieved(self, name: str, library: Any, embedder: Any) -> results.Strategy:
         from elm_jax.retrieval import format_instance
 
         if library is None or embedder is None:
-            raise ElmError("--with retrieved needs an expert library")
+            raise ElmError(f"--with {name} needs an expert library")
         unknown = [entry.id for entry in library.entries if entry.id not in self.infos]
         if unknown:
             raise ElmError(
                 f"the library names expert {unknown[0]!r}, which the store does not hold"
                 f"{nearest(unknown[0], self.infos)}"
             )
-        found = {}
-        for unit in self.units:
-            texts = [format_instance(e.inputs, e.answer_choices) for e in unit.examples]
-            found[unit.name] = library.retrieve(
-                texts, embedder, queries=self.options.queries, seed=self.options.seed
+        spec = RetrievalSpec.parse(name)
+        texts = {
+            unit.name: [
+                format_instance(e.inputs, e.answer_choices, library.space.text_format)
+                for e in unit.examples
+            ]
+            for unit in self.units
+        }
+        if spec.each:
+            found = {n: library.retrieve_each(t, embedder) for n, t in texts.items()}
+            choices = [self._each(u, [e for e, _ in found[u.name]]) for u in self.units]
+            return self._write(name, choices)
+        voted = {
+            n: library.retrieve(
+                t,
+                embedder,
+                queries=spec.queries or self.options.queries,
+                seed=None if spec.first_rows else self.options.seed,
+                rule=spec.rule,
+                ties=spec.ties,
             )
-        return self._finish("retrieved", {n: r.expert for n, r in found.items()}, found)
+            for n, t in texts.items()
+        }
+        if spec.top > 1:
+            choices = [self._merged(u, voted[u.name], spec.top) for u in self.units]
+            return self._write(name, choices)
+        return self._finish(name, {n: r.expert for n, r in voted.items()}, voted)
+
+    def _each(self, unit: Unit, experts: Sequence[str]) -> results.Choice:
+        """Scores each example of a unit with an expert of its own."""
+        by_expert: dict[str, list[int]] = {}
+        for i, expert in enumerate(experts):
+            by_expert.setdefault(expert, []).append(i)
+        values = np.zeros(len(unit.examples))
+        for expert, rows in by_expert.items():
+            part = dataclasses.replace(unit, examples=tuple(unit.examples[i] for i in rows))
+            values[rows] = self._values(part, self.infos[expert].spec, self._load(expert))
+        votes = {e: len(rows) for e, rows in sorted(by_expert.items(), key=lambda kv: -len(kv[1]))}
+        return results.Choice(
+            task=unit.name,
+            expert=next(iter(votes)),
+            score=float(values.mean()),
+            metric=self._metric(unit),
+            votes=votes,
+            queries=len(values),
+        )
+
+    def _merged(self, unit: Unit, vote: Any, top: int) -> results.Choice:
+        """Scores the experts with most votes on a unit, merged by their shares of the votes."""
+        shares: dict[str, float] = vote.shares(top)
+        specs = {self.infos[expert].spec for expert in shares}
+        if len(specs) > 1:
+            raise ElmError(f"experts {', '.join(shares)} cannot be merged: their specs differ")
+        trees = [self._load(expert) for expert in shares]
+        merged = merge_trees(trees, list(shares.values())) if len(trees) > 1 else trees[0]
+        return results.Choice(
+            task=unit.name,
+            expert=vote.expert,
+            score=float(self._values(unit, specs.pop(), merged).mean()),
+            metric=self._metric(unit),
+            votes=vote.votes,
+            similarity=vote.similarity,
+            queries=vote.queries,
+        )
+
+    def _values(self, unit: Unit, spec: ExpertSpec, expert: Tree) -> np.ndarray:
+        """Returns the score of each example, float32 [n]."""
+        return score_examples(
+            unit,
+            self.vocabulary,
+            self.options,
+            self.backbone.config,
+            self.backbone.params,
+            spec,
+            [expert],
+        )[0][0]
+
+    def _write(self, name: str, choices: Sequence[results.Choice]) -> results.Strategy:
+        strategy = results.Strategy(name, self.identity, self.options.seed, tuple(choices))
+        results.write_strategy(self.output, strategy)
+        return strategy
 
     def _finish(
         self, name: str, chosen: Mapping[str, str], retrievals: Mapping[str, Any] | None = None
@@ -485,9 +573,7 @@ class Evaluator:
                     queries=None if vote is None else vote.queries,
                 )
             )
-        strategy = results.Strategy(name, self.identity, self.options.seed, tuple(choices))
-        results.write_strategy(self.output, strategy)
-        return strategy
+        return self._write(name, choices)
 
     def _write_summaries(self) -> None:
         """Writes what the report needs to know of experts and tasks; earlier tasks stay."""

@@ -15,11 +15,18 @@ from elm_jax.retrieval.library import (
     read_expert_entry,
     read_store,
 )
-from elm_jax.retrieval.text import TEXT_FORMAT, format_instance, read_texts
+from elm_jax.retrieval.supervised import (
+    SupervisedConfig,
+    SupervisedEmbedder,
+    load_retriever,
+    train_retriever,
+)
+from elm_jax.retrieval.text import TEXT_FORMAT, TEXT_FORMATS, format_instance, read_texts
 from elm_jax.retrieval.vote import Candidate, majority_vote
 
 __all__ = [
     "TEXT_FORMAT",
+    "TEXT_FORMATS",
     "Candidate",
     "Embedder",
     "KeySpace",
@@ -29,10 +36,14 @@ __all__ = [
     "Retrieval",
     "SentenceEmbedder",
     "StoredExpert",
+    "SupervisedConfig",
+    "SupervisedEmbedder",
     "format_instance",
     "load_embedder",
+    "load_retriever",
     "majority_vote",
     "read_expert_entry",
     "read_store",
     "read_texts",
+    "train_retriever",
 ]

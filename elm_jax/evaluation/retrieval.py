@@ -1,0 +1,90 @@
+"""Variants of retrieval as strategies: how votes are counted, and what is made of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from elm_jax.errors import ElmError, nearest
+
+RETRIEVED = "retrieved"
+_OPTIONS = ("weighted", "first", "instance", "rows", "top<K>", "queries=<Q>", "library=<NAME>")
+
+
+@dataclasses.dataclass(frozen=True)
+class RetrievalSpec:
+    """How a task gets its expert from a library.
+
+    The default is the paper's: Q instances vote, each for the owner of its nearest key (Jang et al.
+    2023). The published code decides ties by who was found first and takes the first rows.
+
+    Attributes:
+      rule: 'majority' counts votes, 'weighted' sums their inner products.
+      ties: 'similarity' or 'first'; see `retrieval.majority_vote`.
+      each: whether each instance is answered by the owner of its own nearest key.
+      top: K, experts that are merged, weighted by their shares of the votes; 1 is no merge.
+      queries: Q; the evaluation's where None.
+      first_rows: whether the first Q instances vote, not Q drawn.
+      library: name of the library, where there are several.
+    """
+
+    rule: str = "majority"
+    ties: str = "similarity"
+    each: bool = False
+    top: int = 1
+    queries: int | None = None
+    first_rows: bool = False
+    library: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.each and (self.top > 1 or self.rule != "majority" or self.queries):
+            raise ElmError("'instance' has no vote: it excludes top, weighted and queries")
+        for name in ("top", "queries"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ElmError(f"{name} must be at least 1, got {value}")
+
+    @classmethod
+    def parse(cls, text: str) -> RetrievalSpec:
+        """Reads a strategy's name, 'retrieved' or 'retrieved:OPTION,OPTION'.
+
+        Raises:
+          ElmError: for an unknown option, with the nearest.
+
+        >>> RetrievalSpec.parse('retrieved:weighted,top3').top
+        3
+        """
+        head, _, tail = text.partition(":")
+        if head != RETRIEVED:
+            raise ElmError(f"{text!r} is no retrieval; expected 'retrieved:OPTION,OPTION'")
+        fields: dict[str, object] = {}
+        for option in tail.split(",") if tail else ():
+            if option == "weighted":
+                fields["rule"] = "weighted"
+            elif option == "first":
+                fields["ties"] = "first"
+            elif option == "instance":
+                fields["each"] = True
+            elif option == "rows":
+                fields["first_rows"] = True
+            elif found := re.fullmatch(r"top(\d+)", option):
+                fields["top"] = int(found[1])
+            elif found := re.fullmatch(r"queries=(\d+)", option):
+                fields["queries"] = int(found[1])
+            elif found := re.fullmatch(r"library=(.+)", option):
+                fields["library"] = found[1]
+            else:
+                raise ElmError(
+                    f"{text!r}: unknown option {option!r}{nearest(option, _OPTIONS)}; "
+                    f"accepted: {', '.join(_OPTIONS)}"
+                )
+        return cls(**fields)  # type: ignore[arg-type]
+
+
+def is_retrieval(name: str) -> bool:
+    """Whether a strategy's name is that of a retrieval.
+
+    >>> is_retrieval('retrieved:top3'), is_retrieval('retrieved_by_hand')
+    (True, False)
+    """
+    return name.split(":")[0] == RETRIEVED
