@@ -31,7 +31,7 @@ class Step(Protocol):
     """
 
     def __call__(
-        self, cache: Any, tokens: Array, position: Array, ancestors: Array | None
+        self, cache: Any, last: Array, position: Array, ancestors: Array | None, /
     ) -> tuple[Array, Any]: ...
 
 

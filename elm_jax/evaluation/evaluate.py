@@ -426,7 +426,7 @@ class Evaluator:
 
     def _settings(self, unit: Unit, expert: str) -> dict[str, Any]:
         checksum = None if expert == "none" else self.infos[expert].checksum
-        facts = {"examples": unit.fingerprint, "expert_checksum": checksum}
+        facts: dict[str, Any] = {"examples": unit.fingerprint, "expert_checksum": checksum}
         if self.backbone.config.quantization is not None:
             facts["quantization"] = self.backbone.config.quantization
         if not unit.ranked and self.options.generation is not None:

@@ -8,6 +8,7 @@ Shapes: B batch, T keys, U queries, D model, F mlp, N heads, K head dim, E adapt
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,8 @@ from elm_jax.models.specs import AdapterSpec, ExpertSpec, LoraSpec
 Array = jax.Array
 MASK_VALUE = -1e10
 """Added to attention scores of masked positions (t5x's value)."""
+FEW_ROWS = 64
+"""Up to so many rows a CPU is faster if their logits are made from the embedding's side."""
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
@@ -271,9 +274,14 @@ class Embed(nn.Module):
 
     def attend(self, x: Array) -> Array:
         """Scores x [B, U, D] against each token: float32 [B, U, V]."""
-        return jnp.einsum(
-            "...d,vd->...v", x, self.embedding.astype(x.dtype), preferred_element_type=jnp.float32
-        )
+        product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        embedding = self.embedding.astype(x.dtype)
+        if jax.default_backend() == "cpu" and math.prod(x.shape[:-1]) <= FEW_ROWS:
+            # XLA would take the embedding for the right operand, which it packs anew in each call;
+            # the barrier keeps it the left one, which is read as it lies.
+            scores = jax.lax.optimization_barrier(product("vd,...d->v...", embedding, x))
+            return jnp.moveaxis(scores, 0, -1)
+        return product("...d,vd->...v", x, embedding)
 
 
 def relative_position_bucket(

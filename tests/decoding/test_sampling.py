@@ -101,7 +101,7 @@ def sample(
 
 
 @pytest.mark.parametrize(
-    "options", [{}, dict(temperature=0.7, top_k=6, top_p=0.9)], ids=["all", "truncated"]
+    "options", [{}, dict(temperature=2.5, top_k=8, top_p=0.9)], ids=["all", "truncated"]
 )
 def test_tokens_are_drawn_as_often_as_they_should_be(options: dict[str, Any]) -> None:
     """The first two tokens, given the first: chi-square on a fixed seed."""
