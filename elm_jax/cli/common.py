@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -51,6 +52,51 @@ def floats(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected numbers like 0.5,0.5, got {text!r}") from None
+
+
+P3_OPTIONS = (
+    ("source", "raw, hub, tfds or rendered (raw)"),
+    ("data", "folder of rows, or of copies of the datasets"),
+    ("templates", "folder of promptsource's <dataset>/templates.yaml"),
+    ("examples", "training rows per prompt: N, all, paper or elm_code (paper)"),
+    ("evaluation-examples", "rows per prompt for evaluation: N or all (all)"),
+    ("seed", "of the rows drawn (42)"),
+)
+
+
+def add_p3(parser: Any) -> None:
+    """Adds the options that say where the tasks `p3:...` have their rows."""
+    group = parser.add_argument_group(
+        "P3", "where tasks named p3:... have their rows; or ELM_JAX_P3_SOURCE and so on"
+    )
+    for name, help in P3_OPTIONS:
+        group.add_argument(f"--p3-{name}", metavar="X" if name != "data" else "DIR", help=help)
+    group.add_argument(
+        "--p3-skip-broken",
+        action="store_true",
+        help="leave out rows that a template fails on, and say how many",
+    )
+
+
+def use_p3(args: argparse.Namespace) -> None:
+    """Puts the options of `add_p3` where `P3Source.from_environment` finds them."""
+    for name in (name.replace("-", "_") for name, _ in P3_OPTIONS):
+        if (value := getattr(args, f"p3_{name}")) is not None:
+            os.environ[f"ELM_JAX_P3_{name.upper()}"] = value
+    if args.p3_skip_broken:
+        os.environ["ELM_JAX_P3_SKIP_BROKEN"] = "1"
+
+
+def shard(text: str) -> tuple[int, int]:
+    """Parses I/N.
+
+    >>> shard('0/8')
+    (0, 8)
+    """
+    index, slash, count = text.partition("/")
+    if not slash or not index.isdigit() or not count.isdigit():
+        raise argparse.ArgumentTypeError(f"expected I/N, such as 0/8, got {text!r}")
+    return int(index), int(count)
 
 
 def print_json(data: Any) -> None:

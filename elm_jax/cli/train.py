@@ -25,7 +25,7 @@ def add_parser(subparsers: Any) -> None:
         nargs="+",
         required=True,
         metavar="PATTERN",
-        help="folders or globs of them, mini, mini:train, or seqio:NAME",
+        help="folders or globs of them, mini, mini:train, p3:NAME, or seqio:NAME",
     )
     parser.add_argument("--store", required=True, help="folder of experts, made if missing")
     parser.add_argument(
@@ -65,6 +65,7 @@ def add_parser(subparsers: Any) -> None:
     data.add_argument(
         "--module", action="append", default=[], help="module to import that registers seqio tasks"
     )
+    common.add_p3(parser)
     run = parser.add_argument_group("training")
     run.add_argument("--steps", type=int, help="optimizer steps per expert (default: 5 epochs)")
     run.add_argument("--epochs", type=int, default=5)
@@ -81,6 +82,9 @@ def add_parser(subparsers: Any) -> None:
     run.add_argument("--accumulation", type=int, default=1, help="microbatches per step")
     run.add_argument("--dropout-rate", type=float, help="default: the backbone's")
     run.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the backbone's")
+    run.add_argument(
+        "--quantize", choices=("int8",), help="keep the frozen matrices of the backbone in int8"
+    )
     run.add_argument("--label-smoothing", type=float, default=0.0)
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--log-every", type=int, default=20)
@@ -102,19 +106,12 @@ def add_parser(subparsers: Any) -> None:
     )
     run.add_argument(
         "--shard",
-        type=_shard,
+        type=common.shard,
         metavar="I/N",
         help="train the I-th of N parts of the experts, I from 0: for arrays of jobs on one store",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run_command)
-
-
-def _shard(text: str) -> tuple[int, int]:
-    index, slash, count = text.partition("/")
-    if not slash or not index.isdigit() or not count.isdigit():
-        raise argparse.ArgumentTypeError(f"expected I/N, such as 0/8, got {text!r}")
-    return int(index), int(count)
 
 
 def run_command(args: argparse.Namespace) -> int:
@@ -127,6 +124,7 @@ def run_command(args: argparse.Namespace) -> int:
     from elm_jax.training.experts import TrainingOptions, train_experts
     from elm_jax.training.sharding import parse_rule
 
+    common.use_p3(args)
     for module in args.module:
         try:
             importlib.import_module(module)
@@ -149,6 +147,7 @@ def run_command(args: argparse.Namespace) -> int:
         pack=args.pack,
         dropout_rate=args.dropout_rate,
         dtype=args.dtype,
+        quantize=args.quantize,
         shard=args.shard,
     )
     optimizer = OptimizerSpec(

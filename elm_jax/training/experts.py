@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from elm_jax.checkpoints.backbone import Backbone, load_backbone
+from elm_jax.checkpoints.quantize import quantize_backbone
 from elm_jax.data.batches import BatchStream, fit_lengths
 from elm_jax.data.examples import Example, TaskData, by_prompt, find_tasks, with_answer_choices
 from elm_jax.data.table import ExampleTable, tokenize
@@ -22,6 +23,7 @@ from elm_jax.errors import ElmError, nearest
 from elm_jax.experts.store import ExpertInfo, ExpertStore, check_id, expert_id
 from elm_jax.experts.tree import flatten
 from elm_jax.models import ExpertSpec, get_spec
+from elm_jax.models.quantize import check_quantization
 from elm_jax.training.loop import Member, RunConfig, train_stack
 from elm_jax.training.sharding import RULES, LogicalRules, check_split, make_mesh
 
@@ -82,6 +84,7 @@ class TrainingOptions:
       remat: 'none', 'minimal' or 'full', what to compute again to save memory; None is the
         backbone's.
       attention: 'auto', 'plain', 'fused' or 'memory_efficient'; None is the backbone's.
+      quantize: 'int8' keeps the frozen matrices in int8; see `checkpoints.quantize_backbone`.
       shard: (I, N) trains the I-th of N parts, I from 0; None trains all. In the order of the
         tasks, blocks of `experts_per_step` experts are dealt out in turn. A part reads and
         tokenises its own tasks alone, so that N machines can share the work and the store.
@@ -104,6 +107,7 @@ class TrainingOptions:
     scan_layers: bool | None = None
     remat: str | None = None
     attention: str | None = None
+    quantize: str | None = None
     shard: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
@@ -116,6 +120,8 @@ class TrainingOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ElmError(f"{name} must be at least 1, got {value}")
+        if self.quantize is not None:
+            check_quantization(self.quantize)
         if self.shard is not None:
             index, count = self.shard
             if not 0 <= index < count:
@@ -135,6 +141,121 @@ class Outcome:
 
     info: ExpertInfo
     status: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far an expert is.
+
+    Attributes:
+      id: its id in the store.
+      status: 'done', 'begun' (a checkpoint is there), 'to do', or 'differs' (the store holds one of
+        this id that was trained with other settings; nothing will overwrite it).
+      step: optimizer steps done, of its newest checkpoint.
+      train_steps: all of them.
+      note: what differs, or empty.
+      metrics: of a trained expert.
+    """
+
+    id: str
+    status: str
+    step: int
+    train_steps: int
+    note: str = ""
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prepared:
+    """All that is known before the first step."""
+
+    backbone: Backbone
+    spec: ExpertSpec
+    run: RunConfig
+    plans: list[Plan]
+    settings: dict[str, dict[str, Any]]
+    groups: list[list[Plan]]
+
+    @property
+    def identity(self) -> dict[str, str]:
+        return {"name": self.backbone.name, "fingerprint": self.backbone.fingerprint}
+
+    def run_name(self, group: Sequence[Plan]) -> str:
+        facts = {plan.id: self.settings[plan.id] for plan in group}
+        more = {"spec": str(self.spec), "backbone": self.backbone.fingerprint}
+        return _run_name({**facts, **more}, group)
+
+
+def _prepare(
+    backbone: Backbone | str | Path,
+    tasks: Sequence[str],
+    expert: ExpertSpec | str,
+    options: TrainingOptions | None,
+    run: RunConfig | None,
+    vocabulary: str | Path | None,
+) -> _Prepared:
+    options = options or TrainingOptions()
+    if not isinstance(backbone, Backbone):
+        # What is quantised never sees the device in full.
+        backbone = load_backbone(backbone, on_host=options.quantize is not None)
+    spec = get_spec(expert) if isinstance(expert, str) else expert
+    run = run or RunConfig(train_steps=1)
+    ways = {name: getattr(options, name) for name in _WAYS_TO_RUN}
+    backbone = backbone.run_as(**{k: v for k, v in ways.items() if v is not None})
+    if options.quantize is not None:
+        backbone = quantize_backbone(backbone, options.quantize)
+    config = backbone.config
+    plans = make_plans(tasks, backbone_vocabulary(backbone, vocabulary), options, run.seed)
+    settings = {
+        plan.id: _settings(plan, dataclasses.replace(run, train_steps=plan.train_steps))
+        | {
+            "dropout_rate": config.dropout_rate,
+            "dtype": config.dtype,
+            "quantization": config.quantization,
+        }
+        for plan in plans
+    }
+    groups = _stacks(plans, options.experts_per_step)
+    return _Prepared(backbone, spec, run, plans, settings, groups)
+
+
+def training_progress(
+    backbone: Backbone | str | Path,
+    tasks: Sequence[str],
+    store: str | Path,
+    *,
+    expert: ExpertSpec | str = "adapter",
+    options: TrainingOptions | None = None,
+    run: RunConfig | None = None,
+    vocabulary: str | Path | None = None,
+) -> list[Progress]:
+    """Returns how far each expert is that `train_experts` would train; trains and writes nothing.
+
+    Args and errors are those of `train_experts`; a store that is not there yet is an empty one.
+    """
+    prepared = _prepare(backbone, tasks, expert, options, run, vocabulary)
+    found = ExpertStore(store) if Path(store).exists() else None
+    order = {plan.id: i for i, plan in enumerate(prepared.plans)}
+    out = []
+    for group in prepared.groups:
+        step = 0
+        if found is not None:
+            checkpoints = found.path / ".runs" / prepared.run_name(group) / "checkpoints"
+            names = [p.name for p in checkpoints.iterdir()] if checkpoints.is_dir() else []
+            step = max((int(name) for name in names if name.isdigit()), default=0)
+        for plan in group:
+            settings = prepared.settings[plan.id]
+            status, note, metrics = "begun" if step else "to do", "", {}
+            try:
+                if found is not None and _is_there(
+                    found, plan.id, settings, prepared.spec, prepared.identity
+                ):
+                    status, metrics = "done", dict(found.info(plan.id).metrics)
+            except ElmError as error:
+                status, note = "differs", str(error)
+            at = plan.train_steps if status == "done" else 0 if status == "differs" else step
+            out.append(Progress(plan.id, status, at, plan.train_steps, note, metrics))
+    return sorted(out, key=lambda progress: order[progress.id])
 
 
 Report = Callable[[str, int, int, Mapping[str, float]], None]
@@ -178,35 +299,21 @@ def train_experts(
       ElmError: for bad data or settings, or an expert that is there with other settings.
       TrainingDiverged: if a loss stops being finite.
     """
-    backbone = backbone if isinstance(backbone, Backbone) else load_backbone(backbone)
-    spec = get_spec(expert) if isinstance(expert, str) else expert
-    options = options or TrainingOptions()
-    run = run or RunConfig(train_steps=1)
-    vocab = backbone_vocabulary(backbone, vocabulary)
+    prepared = _prepare(backbone, tasks, expert, options, run, vocabulary)
+    backbone, spec, run = prepared.backbone, prepared.spec, prepared.run
+    config, plans, settings = backbone.config, prepared.plans, prepared.settings
+    identity = prepared.identity
     expert_store = ExpertStore(store, create=True)
-    ways = {name: getattr(options, name) for name in _WAYS_TO_RUN}
-    backbone = backbone.run_as(**{k: v for k, v in ways.items() if v is not None})
-    config = backbone.config
-
-    plans = make_plans(tasks, vocab, options, run.seed)
-    settings = {
-        plan.id: _settings(plan, dataclasses.replace(run, train_steps=plan.train_steps))
-        | {"dropout_rate": config.dropout_rate, "dtype": config.dtype}
-        for plan in plans
-    }
-    identity = {"name": backbone.name, "fingerprint": backbone.fingerprint}
     there = {p.id for p in plans if _is_there(expert_store, p.id, settings[p.id], spec, identity)}
     mesh = mesh or make_mesh()
-    groups = _stacks(plans, options.experts_per_step)
+    groups = prepared.groups
     for group in groups:  # the last one may be smaller: better refused now than after the others
         stack = f"the stack of expert {group[0].id!r}"
         check_split(mesh, len(group), dict(rules)["experts"], stack, free=True)
     total = sum(p.train_steps for p in plans)
     done = 0
     for group in groups:
-        facts = {plan.id: settings[plan.id] for plan in group}
-        name = _run_name({**facts, "spec": str(spec), "backbone": backbone.fingerprint}, group)
-        folder = expert_store.path / ".runs" / name
+        folder = expert_store.path / ".runs" / prepared.run_name(group)
         if not all(plan.id in there for plan in group):
             steps = group[0].train_steps
             label = group[0].id if len(group) == 1 else f"{group[0].id} +{len(group) - 1}"

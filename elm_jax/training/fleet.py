@@ -1,0 +1,251 @@
+"""A fleet: all experts of a study as one list of runs over one store.
+
+The list is an `ml_collections` config. Running it again skips what is done, resumes what is begun,
+and refuses what the store holds with other settings; parts of it (`shard`) run on machines that
+share nothing but the store.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from elm_jax.errors import ElmError, nearest
+from elm_jax.models import ExpertSpec, get_spec
+from elm_jax.training.experts import (
+    Outcome,
+    Progress,
+    Report,
+    TrainingOptions,
+    train_experts,
+    training_progress,
+)
+from elm_jax.training.loop import RunConfig
+from elm_jax.training.optimizers import OptimizerSpec
+from elm_jax.training.step import LossSpec
+
+_FLEET_KEYS = ("backbone", "store", "vocabulary", "defaults", "runs")
+_OPTIONS = tuple(f.name for f in dataclasses.fields(TrainingOptions) if f.name != "shard")
+_RUN = ("accumulation", "seed", "log_every", "checkpoint_every", "keep")
+_RUN_KEYS = ("name", "tasks", "expert", "expert_options", "optimizer", "loss", *_OPTIONS, *_RUN)
+
+
+@dataclasses.dataclass(frozen=True)
+class FleetRun:
+    """One line of the list: the experts of some tasks, trained alike.
+
+    Attributes:
+      name: what the progress calls it.
+      tasks: patterns of tasks, as of `find_tasks`.
+      spec: what the experts are made of.
+      options: what they are trained on.
+      run: how.
+    """
+
+    name: str
+    tasks: tuple[str, ...]
+    spec: ExpertSpec
+    options: TrainingOptions
+    run: RunConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Fleet:
+    """The list, over one backbone and one store."""
+
+    backbone: str
+    store: str
+    runs: tuple[FleetRun, ...]
+    vocabulary: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class FleetProgress:
+    """How far one run of a fleet is."""
+
+    name: str
+    experts: tuple[Progress, ...]
+
+    def count(self, status: str) -> int:
+        """Returns how many experts have a status."""
+        return sum(expert.status == status for expert in self.experts)
+
+    @property
+    def fraction(self) -> float:
+        """Optimizer steps done, as a share of all."""
+        return sum(e.step for e in self.experts) / max(sum(e.train_steps for e in self.experts), 1)
+
+
+def load_fleet(path: str | Path, changes: Mapping[str, Any] | None = None) -> Fleet:
+    """Reads a fleet from a Python file with a function `get_config`.
+
+    Args:
+      path: the file; it runs as code, so it should be one's own.
+      changes: values for keys with dots, such as {'defaults.train_steps': 100}; each must exist.
+
+    Raises:
+      FileNotFoundError: if the file is missing.
+      ElmError: for a file without `get_config`, or a key or value that is wrong, naming it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no fleet config {path}")
+    module_spec = importlib.util.spec_from_file_location(f"elm_jax_fleet_{path.stem}", path)
+    if module_spec is None or module_spec.loader is None:
+        raise ElmError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module
+    try:
+        module_spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise ElmError(f"{path}:{error.lineno}: {error.msg}") from error
+    if not hasattr(module, "get_config"):
+        raise ElmError(f"{path} has no function get_config()")
+    config = module.get_config()
+    for key, value in (changes or {}).items():
+        try:
+            config[key]
+            config.update_from_flattened_dict({key: value})
+        except (KeyError, AttributeError, TypeError) as error:
+            keys = [".".join(k) for k in _leaves(config)]
+            raise ElmError(f"{path}: cannot set {key!r}{nearest(key, keys)}: {error}") from error
+    return parse_fleet(config, where=str(path))
+
+
+def _leaves(config: Any, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for key, value in config.items():
+        if hasattr(value, "items"):
+            yield from _leaves(value, (*prefix, key))
+        yield (*prefix, key)
+
+
+def parse_fleet(config: Any, where: str = "fleet") -> Fleet:
+    """Checks a fleet's config.
+
+    Args:
+      config: a ConfigDict or dict with `backbone`, `store`, `runs` (each a dict with `tasks`), and
+        optionally `vocabulary` and `defaults` (what the runs have in common). A run takes `name`,
+        `expert` and `expert_options` (as `get_spec`), `optimizer` and `loss` (dicts of the fields
+        of `OptimizerSpec` and `LossSpec`), the fields of `TrainingOptions`, and `seed`,
+        `accumulation`, `log_every`, `checkpoint_every` and `keep`.
+      where: for messages.
+
+    Raises:
+      ElmError: naming the key that is unknown, missing or of a wrong value.
+    """
+    data = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    _check_keys(data, _FLEET_KEYS, where)
+    for key in ("store", "runs"):
+        if not data.get(key):
+            raise ElmError(f"{where}: key {key!r} is missing or empty")
+    defaults = dict(data.get("defaults") or {})
+    _check_keys(defaults, _RUN_KEYS, f"{where}: defaults")
+    runs = []
+    for i, fields in enumerate(data["runs"]):
+        place = f"{where}: runs[{i}]"
+        given = fields.to_dict() if hasattr(fields, "to_dict") else dict(fields)
+        _check_keys(given, _RUN_KEYS, place)
+        runs.append(_parse_run({**defaults, **given}, place))
+    names = [run.name for run in runs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ElmError(f"{where}: two runs are called {name!r}; give each a name")
+    vocabulary = data.get("vocabulary")
+    return Fleet(data.get("backbone") or "elm-tiny", str(data["store"]), tuple(runs), vocabulary)
+
+
+def _check_keys(data: Mapping[str, Any], accepted: Sequence[str], where: str) -> None:
+    for key in data:
+        if key not in accepted:
+            raise ElmError(
+                f"{where}: unknown key {key!r}{nearest(key, accepted)}; "
+                f"accepted: {', '.join(accepted)}"
+            )
+
+
+def _parse_run(data: Mapping[str, Any], where: str) -> FleetRun:
+    tasks = data.get("tasks")
+    tasks = (tasks,) if isinstance(tasks, str) else tuple(tasks or ())
+    if not tasks:
+        raise ElmError(f"{where}: key 'tasks' is missing or empty")
+    try:
+        spec = get_spec(data.get("expert", "adapter"), **(data.get("expert_options") or {}))
+        options = TrainingOptions(**{k: data[k] for k in _OPTIONS if k in data})
+        run = RunConfig(
+            train_steps=1,  # the options say how many
+            optimizer=OptimizerSpec(**(data.get("optimizer") or {})),
+            loss=LossSpec(**(data.get("loss") or {})),
+            **{k: data[k] for k in _RUN if k in data},
+        )
+    except (ElmError, TypeError) as error:
+        raise ElmError(f"{where}: {error}") from error
+    return FleetRun(str(data.get("name", " ".join(tasks))), tasks, spec, options, run)
+
+
+def _shards(fleet: Fleet, shard: tuple[int, int] | None) -> Iterator[FleetRun]:
+    """Yields the runs that a shard takes part in, with their part of the experts."""
+    for i, run in enumerate(fleet.runs):
+        if shard is None:
+            yield run
+        elif run.options.multitask is None:
+            yield dataclasses.replace(run, options=dataclasses.replace(run.options, shard=shard))
+        elif i % shard[1] == shard[0]:  # one expert, which cannot be split
+            yield run
+
+
+def train_fleet(
+    fleet: Fleet, *, shard: tuple[int, int] | None = None, report: Report | None = None
+) -> dict[str, list[Outcome]]:
+    """Trains what is not done yet of a fleet, run by run.
+
+    Args:
+      fleet: from `load_fleet`.
+      shard: (I, N) takes the I-th of N parts, I from 0; the parts' runs may go on at once.
+      report: as of `train_experts`.
+
+    Returns:
+      The outcomes of each run.
+
+    Raises:
+      ElmError: as `train_experts`; all experts are checked against the store before the first step,
+        so that settings that differ stop the fleet before it starts.
+    """
+    runs = list(_shards(fleet, shard))
+    for run in runs:
+        for expert in _progress(fleet, run):
+            if expert.status == "differs":
+                raise ElmError(f"run {run.name!r}: {expert.note}")
+    return {
+        run.name: train_experts(
+            fleet.backbone,
+            run.tasks,
+            fleet.store,
+            expert=run.spec,
+            options=run.options,
+            run=run.run,
+            vocabulary=fleet.vocabulary,
+            report=report,
+        )
+        for run in runs
+    }
+
+
+def fleet_progress(fleet: Fleet, shard: tuple[int, int] | None = None) -> list[FleetProgress]:
+    """Returns how far each run of a fleet is; trains and writes nothing."""
+    return [FleetProgress(run.name, tuple(_progress(fleet, run))) for run in _shards(fleet, shard)]
+
+
+def _progress(fleet: Fleet, run: FleetRun) -> list[Progress]:
+    return training_progress(
+        fleet.backbone,
+        run.tasks,
+        fleet.store,
+        expert=run.spec,
+        options=run.options,
+        run=run.run,
+        vocabulary=fleet.vocabulary,
+    )

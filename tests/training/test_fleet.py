@@ -1,0 +1,145 @@
+"""A fleet: one list of runs over one store; done once, resumed, refused where settings differ."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import tiny
+
+from elm_jax.errors import ElmError
+from elm_jax.evaluation.fleet_page import write_fleet_page
+from elm_jax.experts import ExpertStore
+from elm_jax.training.fleet import fleet_progress, load_fleet, parse_fleet, train_fleet
+
+CONFIG = """
+import ml_collections
+
+def get_config():
+    return ml_collections.ConfigDict({{
+        "backbone": {backbone!r},
+        "store": {store!r},
+        "defaults": {{
+            "expert": "adapter",
+            "expert_options": {{"bottleneck": 2}},
+            "train_steps": 2,
+            "batch_size": 2,
+            "experts_per_step": 2,
+            "max_examples": 8,
+            "feature_lengths": {{"inputs": 32, "targets": 8}},
+            "checkpoint_every": 1,
+        }},
+        "runs": (
+            {{"name": "tasks", "tasks": {tasks!r}}},
+            {{"name": "together", "tasks": {tasks!r}, "multitask": "all"}},
+        ),
+    }})
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("fleet")
+    names = ["sentiment_inn", "sentiment_play", "topic_room"]
+    text = CONFIG.format(
+        backbone=str(tiny.backbone(root / "tiny")),
+        store=str(root / "store"),
+        tasks=tuple(map(str, tiny.tasks(root / "tasks", names))),
+    )
+    (root / "fleet.py").write_text(text)
+    return root / "fleet.py"
+
+
+def statuses(path: Path) -> list[list[str]]:
+    return [[e.status for e in part.experts] for part in fleet_progress(load_fleet(path))]
+
+
+def test_a_fleet_is_trained_in_parts_and_once(config: Path, tmp_path: Path) -> None:
+    fleet = load_fleet(config)
+    assert not Path(fleet.store).exists()
+    assert statuses(config) == [["to do"] * 3, ["to do"]] and not Path(fleet.store).exists()
+
+    first = train_fleet(fleet, shard=(0, 2))  # a block of two tasks; the second shard has the rest
+    assert [[o.status for o in of] for of in first.values()] == [["trained"] * 2]
+    assert statuses(config) == [["done", "done", "to do"], ["to do"]]
+    second = train_fleet(fleet, shard=(1, 2))
+    assert {name: len(of) for name, of in second.items()} == {"tasks": 1, "together": 1}
+    assert statuses(config) == [["done"] * 3, ["done"]]
+    everything = train_fleet(fleet)
+    assert {o.status for of in everything.values() for o in of} == {"there"}
+    assert len(ExpertStore(fleet.store).ids()) == 4
+
+    changed = load_fleet(config, {"defaults.train_steps": 3})
+    parts = fleet_progress(changed)
+    assert [part.count("differs") for part in parts] == [3, 1]
+    assert "another train_steps (2, now 3)" in parts[0].experts[0].note
+    with pytest.raises(ElmError, match="run 'tasks': .*another train_steps"):
+        train_fleet(changed)
+
+    page = tmp_path / "fleet.html"
+    write_fleet_page(page, "<study>", fleet.store, fleet_progress(fleet))
+    text = page.read_text()
+    assert "Fleet &lt;study&gt;" in text and text.count('class="done"') == 4
+    assert not re.search(r"(src|href)=", text)
+
+
+def test_a_run_that_was_killed_is_begun(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = dataclasses.replace(load_fleet(config), store=str(tmp_path / "store"))
+    fleet = dataclasses.replace(fleet, runs=fleet.runs[:1])
+
+    class Killed(BaseException):
+        pass
+
+    def stop(*_: object) -> None:
+        raise Killed
+
+    with pytest.raises(Killed), monkeypatch.context() as patch:
+        patch.setattr(ExpertStore, "write", stop)
+        train_fleet(fleet)
+    [part] = fleet_progress(fleet)
+    assert {(e.status, e.step) for e in part.experts} >= {("begun", 2)} and part.count("done") == 0
+    assert 0 < part.fraction <= 1
+    train_fleet(fleet)
+    assert fleet_progress(fleet)[0].count("done") == 3
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"store": "s"}, "key 'runs' is missing"),
+        ({"store": "s", "run": []}, "unknown key 'run' (did you mean 'runs'?)"),
+        ({"store": "s", "runs": [{"tasks": []}]}, r"runs[0]: key 'tasks' is missing"),
+        ({"store": "s", "runs": [{"task": "a"}]}, "unknown key 'task' (did you mean 'tasks'?)"),
+        ({"store": "s", "runs": [{"tasks": "a", "expert": "lore"}]}, "did you mean 'lora'"),
+        ({"store": "s", "runs": [{"tasks": "a", "batch_size": 0}]}, "batch_size must be at least"),
+        ({"store": "s", "runs": [{"tasks": "a"}, {"tasks": "a"}]}, "two runs are called 'a'"),
+        ({"store": "s", "runs": [{"tasks": "a", "optimizer": {"lr": 1}}]}, "lr"),
+    ],
+)
+def test_bad_lists(data: dict, said: str) -> None:
+    with pytest.raises(ElmError) as raised:
+        parse_fleet(data)
+    assert said in str(raised.value)
+
+
+def test_bad_files(config: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        load_fleet(tmp_path / "gone.py")
+    (tmp_path / "broken.py").write_text("def get_config(:\n")
+    with pytest.raises(ElmError, match=r"broken.py:1"):
+        load_fleet(tmp_path / "broken.py")
+    (tmp_path / "empty.py").write_text("x = 1\n")
+    with pytest.raises(ElmError, match="no function get_config"):
+        load_fleet(tmp_path / "empty.py")
+    with pytest.raises(ElmError, match="cannot set 'defaults.train_step'.*train_steps"):
+        load_fleet(config, {"defaults.train_step": 3})
+
+
+@pytest.mark.parametrize("name", ["mini", "elm"])
+def test_the_fleets_that_come_along(name: str) -> None:
+    fleet = load_fleet(Path(__file__).parents[2] / "launch" / "fleets" / f"{name}.py")
+    assert len(fleet.runs) == 3
