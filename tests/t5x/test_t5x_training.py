@@ -193,8 +193,9 @@ def test_from_a_t5x_checkpoint_and_a_stored_expert(world, tmp_path):
     ExpertStore(tmp_path / "store", create=True).write(info, expert)
     world.run(
         "train", "train_prompt_expert", "experts/lora.gin",
-        MODEL_DIR=str(tmp_path / "run"), TRAIN_STEPS=8, CHECKPOINT_PERIOD=1, INITIAL_CHECKPOINT_PATH=str(initial),
-        INITIAL_EXPERT=str(tmp_path / "store" / "one"), SAVE_BACKBONE=True,
+        MODEL_DIR=str(tmp_path / "run"), TRAIN_STEPS=8, CHECKPOINT_PERIOD=1,
+        INITIAL_CHECKPOINT_PATH=str(initial), SAVE_BACKBONE=True,
+        INITIAL_EXPERT=str(tmp_path / "store" / "one"),
     )  # fmt: skip
     backbone, started = split(read_arrays(tmp_path / "run" / "checkpoint_7"))
     close(backbone, params, atol=0)
@@ -210,14 +211,15 @@ def _random(spec):
     )
 
 
-def make_trainer(spec, optimizer_def, folder, backbone, config=CONFIG):
-    from t5x import partitioning, trainer
+def make_model(spec, optimizer_def, backbone, config=CONFIG, cls=None):
+    """Returns the model object, t5x's partitioner, and the initializer of the run's state."""
+    from t5x import partitioning
 
     from elm_jax.t5x.checkpoints import ExpertInitializer
     from elm_jax.t5x.models import ExpertModel
     from elm_jax.t5x.partitioning import logical_axis_rules
 
-    model = ExpertModel(config, spec, None, None, optimizer_def, seed=3, expert_id="one")
+    model = (cls or ExpertModel)(config, spec, None, None, optimizer_def, seed=3, expert_id="one")
     partitioner = partitioning.PjitPartitioner(
         num_partitions=1, logical_axis_rules=logical_axis_rules()
     )
@@ -225,6 +227,13 @@ def make_trainer(spec, optimizer_def, folder, backbone, config=CONFIG):
         backbone=str(backbone), optimizer_def=optimizer_def,
         init_fn=model.get_initial_variables, input_shapes={}, partitioner=partitioner,
     )  # fmt: skip
+    return model, partitioner, initializer
+
+
+def make_trainer(spec, optimizer_def, folder, backbone):
+    from t5x import trainer
+
+    model, partitioner, initializer = make_model(spec, optimizer_def, backbone)
     state = initializer.from_scratch(jax.random.PRNGKey(0))
     return trainer.Trainer(
         model, state, partitioner, eval_names=[], summary_dir=str(folder),
@@ -281,10 +290,8 @@ def test_frozen_weights_cost_no_gradient(world, tmp_path):
     batch = tiny.Stream(0, wide, rows=4, length=32).batch_at(0)
 
     def flops(optimizer_def, cls=ExpertModel):
-        trainer = make_trainer(spec, optimizer_def, tmp_path / "log", folder, wide)
-        state = trainer.train_state
-        model = cls(wide, spec, None, None, optimizer_def)
-        trainer.close()
+        model, _, initializer = make_model(spec, optimizer_def, folder, wide, cls)
+        state = initializer.global_train_state_shape
 
         def step(state, batch):
             return t5x_trainer.train_with_lr(state, batch, 0.0, jax.random.key(0), model, None)[0]
