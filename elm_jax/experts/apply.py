@@ -26,8 +26,14 @@ def bind_variables(spec: ExpertSpec | None, params: Tree, expert: Tree | None) -
     if expert is None:
         raise ElmError(f"an expert of kind {spec.kind!r} was announced, but no arrays were given")
     if isinstance(spec, FullSpec):
-        return {"params": jax.tree.map(lambda p, tau: p + tau.astype(p.dtype), params, expert)}
+        return {"params": jax.tree.map(_add, params, expert)}
     return {"params": params, "expert": expert}
+
+
+def _add(param: jax.Array, tau: jax.Array) -> jax.Array:
+    if not jnp.issubdtype(param.dtype, jnp.floating):
+        raise ElmError("a `full` expert changes every weight: it needs the backbone unquantised")
+    return param + tau.astype(param.dtype)
 
 
 @functools.lru_cache(maxsize=32)
@@ -52,6 +58,11 @@ def expert_shapes(config: T5Config, spec: ExpertSpec) -> Tree:
     (4, 2)
     """
     if isinstance(spec, FullSpec):
+        if config.quantization is not None:
+            raise ElmError(
+                "a `full` expert changes every weight: it needs the backbone unquantised, not in "
+                f"{config.quantization}"
+            )
         return backbone_shapes(config)
     variables = _abstract_variables(config, spec)
     if "expert" not in variables:
