@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,9 @@ _SEARCH_EXAMPLE = """example:
 """
 
 
+_COMPARE_EXAMPLE = """example:
+  elm-jax library compare library-before library-after --tasks 'new/*'
+"""
 _TRAIN_EXAMPLE = """example:
   elm-jax evaluate --store store --tasks 'seen/*' --with all --output seen-results
   elm-jax library train-retriever library --results seen-results --tasks 'seen/*' --output retriever
@@ -37,7 +41,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.set_defaults(run=run)
     actions = parser.add_subparsers(
-        dest="action", required=True, metavar="{build,search,train-retriever}"
+        dest="action", required=True, metavar="{build,search,compare,train-retriever}"
     )
 
     build = actions.add_parser(
@@ -108,6 +112,21 @@ def add_parser(subparsers: Any) -> None:
     )
     search.add_argument("--json", action="store_true", help="print JSON")
 
+    compare = actions.add_parser(
+        "compare",
+        help="show what adding experts changed: which keys, and which retrievals",
+        epilog=_COMPARE_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    compare.add_argument("old", metavar="OLD", help="the older library")
+    compare.add_argument("new", metavar="NEW", help="the newer library")
+    compare.add_argument("--tasks", nargs="+", required=True, metavar="PATTERN")
+    compare.add_argument("--split", default="test", help="whose instances ask (%(default)s)")
+    compare.add_argument("--queries", type=int, default=32, metavar="Q")
+    compare.add_argument("--seed", type=int, default=0)
+    compare.add_argument("--embedder", metavar="NAME", help="if the libraries' cannot be found")
+    compare.add_argument("--json", action="store_true", help="print JSON")
+
     train = actions.add_parser(
         "train-retriever",
         help="train a retriever from the scores of the experts on tasks that it may see",
@@ -136,8 +155,14 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs one of the three; raises what is the user's to mend."""
-    return {"build": _build, "search": _search, "train-retriever": _train}[args.action](args)
+    """Runs one of the four; raises what is the user's to mend."""
+    actions = {
+        "build": _build,
+        "search": _search,
+        "compare": _compare,
+        "train-retriever": _train,
+    }
+    return actions[args.action](args)
 
 
 def _build(args: argparse.Namespace) -> int:
@@ -204,6 +229,36 @@ def _search(args: argparse.Namespace) -> int:
         votes, similarity = f"{found.votes[expert]}/{found.queries}", found.similarity[expert]
         rows.append((expert, votes, f"{similarity:.3f}", ", ".join(tasks[expert])))
     _print_table(rows)
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from elm_jax.data.examples import find_tasks
+    from elm_jax.evaluation.encoder import find_embedder
+    from elm_jax.retrieval import Library, compare_libraries, format_instance
+
+    old, new = Library.load(args.old), Library.load(args.new)
+    form = new.space.text_format
+    texts = {
+        task.name: [
+            format_instance(e.inputs, e.answer_choices, form) for e in task.split(args.split)
+        ]
+        for task in find_tasks(args.tasks)
+    }
+    embedder = find_embedder(args.embedder or new.space.name)
+    change = compare_libraries(old, new, texts, embedder, queries=args.queries, seed=args.seed)
+    if args.json:
+        print(json.dumps({**dataclasses.asdict(change), "moved": sorted(change.moved)}))
+        return 0
+    rows = [("task", "before", "after", "")]
+    for task, (before, after) in change.retrievals.items():
+        rows.append((task, before, after, "changed" if before != after else ""))
+    _print_table(rows)
+    print(
+        f"\nkeys: {len(change.unchanged)} experts unchanged to the bit, {len(change.altered)} "
+        f"altered, {len(change.added)} added, {len(change.removed)} removed; "
+        f"retrievals: {len(change.moved)} of {len(change.retrievals)} changed"
+    )
     return 0
 
 

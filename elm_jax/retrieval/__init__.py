@@ -4,6 +4,7 @@ Instances are embedded in one text form, stored as keys of the experts trained o
 by maximum inner product; the queries of a new task vote for the expert that owns their nearest key.
 """
 
+from elm_jax.retrieval.compare import LibraryChange, compare_libraries
 from elm_jax.retrieval.embedder import Embedder, SentenceEmbedder, load_embedder
 from elm_jax.retrieval.index import MaxInnerProductIndex
 from elm_jax.retrieval.library import (
@@ -31,6 +32,7 @@ __all__ = [
     "Embedder",
     "KeySpace",
     "Library",
+    "LibraryChange",
     "LibraryEntry",
     "MaxInnerProductIndex",
     "Retrieval",
@@ -38,6 +40,7 @@ __all__ = [
     "StoredExpert",
     "SupervisedConfig",
     "SupervisedEmbedder",
+    "compare_libraries",
     "format_instance",
     "load_embedder",
     "load_retriever",

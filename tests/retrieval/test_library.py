@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from elm_jax.errors import ElmError
-from elm_jax.retrieval import Library, format_instance, read_store
+from elm_jax.retrieval import Library, compare_libraries, format_instance, read_store
 from elm_jax.retrieval.library import KeySpace
 
 
@@ -366,3 +366,23 @@ def test_a_failed_save_leaves_the_old_library(
         Library.build(store, BagOfWords()).save(path)
     assert [entry.id for entry in Library.load(path).entries] == ["food"]
     assert {entry.name for entry in tmp_path.iterdir()} == {"store", "library"}
+
+
+def test_what_adding_an_expert_changes(store: Path, tmp_path: Path) -> None:
+    before = Library.build(store, BagOfWords())
+    write_expert(store, "gardens", "roses and lilies grow beside the gravel path in june")
+    after = Library.build(store, BagOfWords())
+    texts = {
+        "flowers": [query("lilies and roses beside the path")] * 3,
+        "sea": [query("a captain sailed the stormy sea")] * 3,
+    }
+    change = compare_libraries(before, after, texts, BagOfWords())
+    assert change.unchanged == ("food", "laws", "ships") and change.added == ("gardens",)
+    assert change.altered == change.removed == ()
+    assert change.retrievals["sea"] == ("ships", "ships")
+    assert list(change.moved) == ["flowers"] and change.moved["flowers"][1] == "gardens"
+    back = compare_libraries(after, before, texts, BagOfWords())
+    assert back.removed == ("gardens",) and back.moved["flowers"][0] == "gardens"
+    wide = Library.build(store, BagOfWords("wide", 96))
+    with pytest.raises(ElmError, match="cannot be compared"):
+        compare_libraries(before, wide, texts, BagOfWords())
