@@ -106,7 +106,7 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[Example]:
         raise FileNotFoundError(f"no examples at {path}{_sibling_hint(path)}")
     stem = path.name.removesuffix(".gz").removesuffix(".jsonl")
     examples = []
-    for number, line in _lines(path):
+    for number, line in numbered_lines(path):
         where = f"{path}:{number}"
         try:
             row = json.loads(line)
@@ -156,11 +156,13 @@ class TaskData:
 
 
 def find_tasks(patterns: Sequence[str]) -> list[TaskData]:
-    """Finds tasks by path, by glob, or by name in the embedded suite.
+    """Finds tasks by path, by glob, or by name in a suite.
 
     A task is a folder `<task>/{train,validation,test}.jsonl[.gz]` with at least one of train and
     test, and is called by the folder's name. `mini` is the embedded suite; `mini:train`,
-    `mini:unseen` and `mini:<task or glob>` are parts of it.
+    `mini:unseen` and `mini:<task or glob>` are parts of it. `p3:cosmos_qa`, `p3:cosmos_qa/no_*` or
+    `p3:unseen11` are prompts of P3, one task a dataset, with rows from where the environment says
+    (`elm_jax.data.p3`). `bigbench:<folder or glob>` are folders with a BIG-bench `task.json`.
 
     Args:
       patterns: of which each must match something.
@@ -178,9 +180,8 @@ def find_tasks(patterns: Sequence[str]) -> list[TaskData]:
     if isinstance(patterns, str) or not patterns:
         raise ElmError(f"tasks are given as a list of at least one pattern, got {patterns!r}")
     found: dict[str, TaskData] = {}
-    for pattern in patterns:
-        suite, _, selection = pattern.partition(":")
-        tasks = _mini_tasks(selection or "*") if suite == "mini" else _folder_tasks(pattern)
+    p3 = [pattern.removeprefix("p3:") for pattern in patterns if pattern.startswith("p3:")]
+    for tasks in [_p3_tasks(p3), *(map(_tasks, (p for p in patterns if not p.startswith("p3:"))))]:
         for task in tasks:
             other = found.setdefault(task.name, task)
             if os.path.realpath(other.path) != os.path.realpath(task.path):
@@ -277,8 +278,12 @@ def _texts(value: Any, key: str, where: str) -> tuple[str, ...]:
     return tuple(_text(text, key, where) for text in values)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yields the number and text of each line that is not blank."""
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yields the number and text of each line that is not blank.
+
+    Raises:
+      ElmError: the file is not UTF-8, or its compression is damaged; the line is named.
+    """
     number = 0
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
@@ -323,6 +328,26 @@ def _folder_task(folder: Path) -> TaskData:
         hint = f" (did you mean '{folder}/*'?)" if inner else ""
         raise ElmError(f"{folder} is no task: neither train.jsonl nor test.jsonl[.gz] in it{hint}")
     return TaskData(folder.resolve().name, str(folder), readers)
+
+
+def _tasks(pattern: str) -> list[TaskData]:
+    suite, _, selection = pattern.partition(":")
+    if suite == "mini":
+        return _mini_tasks(selection or "*")
+    if suite == "bigbench":
+        from elm_jax.data.bigbench import find_bigbench
+
+        return find_bigbench(selection)
+    return _folder_tasks(pattern)
+
+
+def _p3_tasks(selections: Sequence[str]) -> list[TaskData]:
+    """All selections at once: prompts of one dataset are one task, whichever pattern named them."""
+    if not selections:
+        return []
+    from elm_jax.data.p3 import find_p3
+
+    return find_p3(selections)
 
 
 def _mini_tasks(selection: str) -> list[TaskData]:

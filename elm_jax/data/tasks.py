@@ -55,17 +55,15 @@ def register(task: TaskData, vocabulary: Vocabulary) -> seqio.Task:
         f"task {task.name!r} of {path} with vocabulary {vocabulary.fingerprint[:12]} and "
         f"{vocabulary.extra_ids} sentinels"
     )
-    if _is_registered(name, source, seqio.TaskRegistry):
+    if claim(name, source, seqio.TaskRegistry):
         return seqio.TaskRegistry.get(name)
     feature = seqio.Feature(vocabulary.to_seqio(), add_eos=True, dtype=tf.int32)
-    registered = seqio.TaskRegistry.add(
+    return seqio.TaskRegistry.add(
         name,
         source=seqio.FunctionDataSource(functools.partial(_dataset, task), splits=task.splits),
         preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
         output_features={"inputs": feature, "targets": feature},
     )
-    _registered[name] = source
-    return registered
 
 
 def register_mixture(
@@ -101,11 +99,9 @@ def register_mixture(
     members = [(register(task, vocabulary).name, _rate(task, rates, maximum)) for task in tasks]
     mixture = seqio_name(name)
     source = "mixture of " + ", ".join(f"{rate:g} {member}" for member, rate in members)
-    if _is_registered(mixture, source, seqio.MixtureRegistry):
+    if claim(mixture, source, seqio.MixtureRegistry):
         return seqio.MixtureRegistry.get(mixture)
-    registered = seqio.MixtureRegistry.add(mixture, members)
-    _registered[mixture] = source
-    return registered
+    return seqio.MixtureRegistry.add(mixture, members)
 
 
 def seqio_table(
@@ -173,11 +169,21 @@ def _dataset(
     )
 
 
-def _is_registered(name: str, source: str, registry: Any) -> bool:
-    """Whether a name is registered with this source; an error if with another one."""
+def claim(name: str, source: str, registry: Any) -> bool:
+    """Returns whether seqio has a name with this source, and notes the source where it has not.
+
+    Args:
+      name: in seqio.
+      source: all that decides what the name stands for, in words.
+      registry: seqio's of tasks or of mixtures, to which the caller then adds it.
+
+    Raises:
+      ElmError: the name stands for something else.
+    """
     import seqio
 
     if name not in {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}:
+        _registered[name] = source
         return False
     if _registered.get(name) != source or name not in registry.names():
         raise ElmError(

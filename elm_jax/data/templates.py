@@ -7,6 +7,7 @@ data from elsewhere, so YAML is read without object construction and Jinja runs 
 Three things are stricter than in promptsource, where they go wrong in silence: a field that the row
 lacks is an error and not empty text, a label outside the answer choices (-1 for a hidden one) is an
 error and not the last choice, and `|||` in the data never splits, however deep in the row it sits.
+A template may also not run for ever: its loops and macros share a budget of steps.
 """
 
 from __future__ import annotations
@@ -24,14 +25,21 @@ from typing import Any
 
 import jinja2
 import yaml
-from jinja2 import filters, meta
+from jinja2 import filters, meta, nodes
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.visitor import NodeTransformer
 
 from elm_jax.errors import ElmError, nearest
 
 VARIABLE_LENGTH = 2048
 """Every substituted value is cut at this many characters, at the end of a word."""
+
+LOOP_STEPS = 100_000
+"""Rounds of loops and calls of macros that one rendering may take; published prompts take tens."""
+
+LARGEST_PRODUCT = 1_000_000
+"""Longest text or list that a template may make by `*`."""
 
 FILE_NAME = "templates.yaml"
 
@@ -40,6 +48,8 @@ FILE_NAME = "templates.yaml"
 _SEPARATOR = "\ufdd0\ufdd1\ufdd2"
 # Not an identifier: the filter finds its generator under it, and no template can name it.
 _GENERATOR = "random generator"
+_BUDGET = "loop budget"
+_STEP = "loop step"
 
 
 @dataclass(frozen=True)
@@ -122,6 +132,7 @@ class Template:
             raise ElmError(f"prompt {self.name!r}: the row's field 'answer_choices' is reserved")
         variables: dict[str, Any] = {name.replace("-", "_"): value for name, value in row.items()}
         variables[_GENERATOR] = self._generator(row, seed)
+        variables[_BUDGET] = [LOOP_STEPS]
         choices = None
         if self.answer_choices is not None:
             choices = self._render(self.answer_choices, variables, cut=False)
@@ -143,7 +154,7 @@ class Template:
             )
             if not lacks:
                 raise ElmError(f"prompt {self.name!r}: {error.message}") from error
-            has = sorted(variables.keys() - {_GENERATOR, "answer_choices"})
+            has = sorted(variables.keys() - {_GENERATOR, _BUDGET, "answer_choices"})
             raise ElmError(
                 f"prompt {self.name!r} needs the field {lacks[0]!r}; the row has {', '.join(has)}"
                 f"{nearest(lacks[0], has)}"
@@ -167,7 +178,7 @@ class Templates(dict[str, Template]):
     """
 
     def __missing__(self, name: str) -> Template:
-        return self[_look_alike(name, self, "prompt")]
+        return self[look_alike(name, self, "prompt")]
 
 
 def load_templates(path: str | Path) -> Templates:
@@ -247,13 +258,26 @@ def find_dataset(root: str | Path, dataset: str) -> Path:
     datasets = list_datasets(root)
     if dataset not in datasets:
         try:
-            dataset = _look_alike(dataset, datasets, "templates for dataset")
+            dataset = look_alike(dataset, datasets, "templates for dataset")
         except ElmError as error:
             raise ElmError(f"{root}: {error}") from error
     return datasets[dataset]
 
 
-def _look_alike(name: str, candidates: Collection[str], what: str) -> str:
+def look_alike(name: str, candidates: Collection[str], what: str) -> str:
+    """Returns the one candidate that differs from a name only in blanks, case or punctuation.
+
+    Args:
+      name: as a user wrote it.
+      candidates: the names there are.
+      what: they name, for messages.
+
+    Raises:
+      ElmError: none or several look alike; with the nearest name, or with those.
+
+    >>> look_alike('read and extract', ['Read And Extract ', 'Guess Answer'], 'prompt')
+    'Read And Extract '
+    """
     for simplify in (str.strip, _letters):
         alike = [candidate for candidate in candidates if simplify(candidate) == simplify(name)]
         if len(alike) == 1:
@@ -316,24 +340,70 @@ class _AnswerChoices(list[str]):
 def _compile(text: str, *, cut: bool) -> tuple[jinja2.Template, frozenset[str]]:
     """Compiles a template; returns it with the names that it reads from outside."""
     environment = _environment(cut)
-    text = text.replace("|||", _SEPARATOR)
-    fields = meta.find_undeclared_variables(environment.parse(text)) - environment.globals.keys()
-    return environment.from_string(text), frozenset(fields)
+    tree = environment.parse(text.replace("|||", _SEPARATOR))
+    fields = meta.find_undeclared_variables(tree) - environment.globals.keys()
+    return environment.from_string(_CountSteps().visit(tree)), frozenset(fields)
+
+
+class _CountSteps(NodeTransformer):
+    """Puts a step at the head of every loop and macro; other nodes stay as they are."""
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:
+        node.body.insert(0, _step(node.lineno))
+        return self.generic_visit(node)
+
+    def visit_Macro(self, node: nodes.Macro) -> nodes.Node:
+        node.body.insert(0, _step(node.lineno))
+        return self.generic_visit(node)
+
+
+def _step(line: int) -> nodes.Node:
+    step = nodes.Filter(nodes.Const(None), _STEP, [], [], None, None)
+    return nodes.ExprStmt(step, lineno=line).set_lineno(line)
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, which stops attributes and mutation but neither loops nor huge products."""
+
+    intercepted_binops = frozenset(["*", "**"])
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        def size(value: Any) -> float:
+            return len(value) if hasattr(value, "__len__") else abs(value)
+
+        if operator == "**" and size(right) > 100:
+            raise OverflowError(f"exponent {right} is above 100")
+        if operator == "*" and (hasattr(left, "__len__") or hasattr(right, "__len__")):
+            product = size(left) * size(right)
+            if product > LARGEST_PRODUCT:
+                raise OverflowError(f"a product of {product} elements is above {LARGEST_PRODUCT}")
+        return super().call_binop(context, operator, left, right)
 
 
 @functools.cache
-def _environment(cut: bool) -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        undefined=jinja2.StrictUndefined, finalize=_cut if cut else None
-    )
+def _environment(cut: bool) -> _Sandbox:
+    environment = _Sandbox(undefined=jinja2.StrictUndefined, finalize=_cut if cut else None)
     environment.globals["zip"] = zip
-    environment.filters |= {"choice": _choice, "most_frequent": _most_frequent, "to_list": list}
+    environment.filters |= {
+        "choice": _choice,
+        "most_frequent": _most_frequent,
+        "to_list": list,
+        _STEP: _count_step,
+    }
     return environment
 
 
 @jinja2.pass_environment
 def _cut(environment: jinja2.Environment, value: Any) -> str:
     return filters.do_truncate(environment, str(value), VARIABLE_LENGTH)
+
+
+@jinja2.pass_context
+def _count_step(context: Context, value: Any) -> None:
+    budget = context[_BUDGET]
+    budget[0] -= 1
+    if budget[0] < 0:
+        raise RuntimeError(f"stopped after {LOOP_STEPS:,} steps of its loops and macros")
 
 
 @jinja2.pass_context
