@@ -17,7 +17,14 @@ from elm_jax.errors import ElmError, TrainingDiverged
 from elm_jax.version import __version__
 
 if TYPE_CHECKING:
-    from elm_jax.checkpoints import Backbone, load_backbone, save_backbone
+    from elm_jax.checkpoints import (
+        Backbone,
+        fold_expert,
+        load_backbone,
+        save_backbone,
+        save_huggingface,
+        save_t5x,
+    )
     from elm_jax.data import Vocabulary, find_tasks
     from elm_jax.evaluation.evaluate import EvaluationOptions, Evaluator
     from elm_jax.evaluation.report import write_report
@@ -34,10 +41,18 @@ if TYPE_CHECKING:
     from elm_jax.models import T5, AdapterSpec, FullSpec, LoraSpec, T5Config, get_spec
     from elm_jax.retrieval import Library, format_instance, load_embedder
     from elm_jax.training import OptimizerSpec, RunConfig, train_stack
+    from elm_jax.training.backbones import load_backbone_on_mesh
     from elm_jax.training.experts import TrainingOptions, train_experts
 
 _HOMES = {
-    "elm_jax.checkpoints": ("Backbone", "load_backbone", "save_backbone"),
+    "elm_jax.checkpoints": (
+        "Backbone",
+        "fold_expert",
+        "load_backbone",
+        "save_backbone",
+        "save_huggingface",
+        "save_t5x",
+    ),
     "elm_jax.data": ("Vocabulary", "find_tasks"),
     "elm_jax.evaluation.evaluate": ("EvaluationOptions", "Evaluator"),
     "elm_jax.evaluation.report": ("write_report",),
@@ -54,6 +69,7 @@ _HOMES = {
     "elm_jax.models": ("AdapterSpec", "FullSpec", "LoraSpec", "T5", "T5Config", "get_spec"),
     "elm_jax.retrieval": ("Library", "format_instance", "load_embedder"),
     "elm_jax.training": ("OptimizerSpec", "RunConfig", "train_stack"),
+    "elm_jax.training.backbones": ("load_backbone_on_mesh",),
     "elm_jax.training.experts": ("TrainingOptions", "train_experts"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

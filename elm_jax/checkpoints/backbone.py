@@ -141,13 +141,10 @@ def save_backbone(
     from safetensors.numpy import save_file
 
     if arrays not in ARRAY_FORMATS:
-        raise ElmError(
-            f"unknown arrays {arrays!r}{nearest(arrays, ARRAY_FORMATS)}; one of {ARRAY_FORMATS}"
-        )
-    check_params(backbone.config, backbone.params, backbone.name)
-    stored = to_storage(backbone.params, backbone.config)
+        hint = nearest(arrays, ARRAY_FORMATS)
+        raise ElmError(f"unknown arrays {arrays!r}{hint}; one of {', '.join(ARRAY_FORMATS)}")
+    config, stored = stored_form(backbone)
     flat = {k: np.ascontiguousarray(v) for k, v in flatten(stored).items()}
-    config = backbone.config.replace(scan_layers=False)
     description = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -194,7 +191,8 @@ def write_vocabulary(backbone: Backbone, folder: Path) -> None:
     if path.suffix != ".json":
         shutil.copyfile(path, folder / VOCABULARY_FILE)
         return
-    kept = {key: x for key, x in read_json(path).items() if key in ("tokenizer_class", "extra_ids")}
+    names = ("tokenizer_class", "extra_ids", "extra_special_tokens", "additional_special_tokens")
+    kept = {key: value for key, value in read_json(path).items() if key in names}
     write_json(folder / BYTES_FILE, kept)
 
 

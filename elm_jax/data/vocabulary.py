@@ -223,7 +223,11 @@ def load_vocabulary(path: str | os.PathLike[str]) -> Vocabulary:
         raise ElmError(f"{path}: invalid JSON ({error})") from None
     if not isinstance(data, dict) or data.get("tokenizer_class") != "ByT5Tokenizer":
         raise ElmError(f"{path}: does not name the tokenizer_class 'ByT5Tokenizer'")
-    return ByteVocabulary(path, data.get("extra_ids", 125))
+    # Files of transformers 5 say extra_ids 0, and list the sentinels as tokens of their own.
+    listed = data.get("extra_special_tokens") or data.get("additional_special_tokens") or ()
+    pattern = re.compile(r"<extra_id_\d+>")
+    named = len({t for t in listed if isinstance(t, str) and pattern.fullmatch(t)})
+    return ByteVocabulary(path, named or data.get("extra_ids", 125))
 
 
 def train_vocabulary(

@@ -234,6 +234,61 @@ def test_shards_go_straight_onto_a_mesh(tmp_path: Path) -> None:
     assert run(MESH, *paths, XLA_FLAGS=devices) == "done\n"
 
 
+PROCESSES = """
+import sys
+import jax
+path, address, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
+jax.distributed.initialize(address, 2, number)
+import numpy as np
+from elm_jax.checkpoints import load_backbone, stored
+from elm_jax.experts.tree import flatten
+from elm_jax.training.backbones import load_backbone_on_mesh
+from elm_jax.training.sharding import MeshSpec, make_mesh
+
+asked = []
+read = stored.StoredArray.read
+def watched(self, index=None):
+    asked.append(index is None)
+    return read(self, index)
+stored.StoredArray.read = watched
+found = load_backbone_on_mesh(path, make_mesh(MeshSpec(data=1, fsdp=2)), dtype='bfloat16')
+whole = any(asked)
+wanted = load_backbone(path, dtype='bfloat16', on_host=True)
+assert found.fingerprint == wanted.fingerprint
+for name, array in flatten(found.params).items():
+    for shard in array.addressable_shards:
+        np.testing.assert_array_equal(shard.data, flatten(wanted.params)[name][shard.index])
+print(number, 'reads arrays whole' if whole else 'reads its shards')
+"""
+
+
+def test_processes_read_their_own_shards_and_agree(tmp_path: Path) -> None:
+    import socket
+
+    from elm_jax.checkpoints import save_huggingface
+
+    path = save_huggingface(make_backbone(), tmp_path / "hf")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESSES, str(path), address, str(number)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )  # fmt: skip
+        for number in range(2)
+    ]
+    said = [child.communicate() for child in children]
+    assert [child.returncode for child in children] == [0, 0], said[0][1][-2000:] + said[1][1]
+    assert [out.splitlines()[-1] for out, _ in said] == [
+        "0 reads arrays whole", "1 reads its shards"
+    ]  # fmt: skip
+
+
 def test_trees_of_shardings(tmp_path: Path) -> None:
     backbone = make_backbone()
     path = save_backbone(backbone, tmp_path / "own")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from elm_jax.data import mini
-from elm_jax.data.vocabulary import Vocabulary, train_vocabulary
+from elm_jax.data.vocabulary import ByteVocabulary, Vocabulary, train_vocabulary
 from elm_jax.errors import ElmError
 
 TEXTS = (
@@ -69,6 +69,14 @@ def test_ids_are_seqios(t5: Vocabulary, trained: Vocabulary) -> None:
             assert ids == list(reference.encode(text)) == list(reference.encode_tf(text).numpy())
             assert vocabulary.decode(ids) == reference.decode(ids)
         assert vocabulary.decode([5, 10**6, 1, 8]) == reference.decode([5, 10**6, 1, 8])
+
+
+def test_bytes_are_seqios() -> None:
+    pytest.importorskip("seqio")
+    ours = ByteVocabulary("tokenizer_config.json")
+    for text in TEXTS:
+        assert ours.encode(text) == list(ours.to_seqio().encode(text))
+        assert ours.decode(ours.encode(text)) == ours.to_seqio().decode(ours.encode(text)) == text
 
 
 def test_ids_are_hugging_faces(t5: Vocabulary) -> None:
