@@ -34,7 +34,7 @@ from elm_jax.errors import ElmError, nearest
 from elm_jax.experts.files import new_folder
 from elm_jax.experts.tree import Tree, flatten, unflatten
 from elm_jax.models import T5Config
-from elm_jax.models.scan import SCAN_AXIS, STACKS, stack_layers
+from elm_jax.models.scan import STACKS, stack_layers
 
 STATE_FOLDER = "state"
 LEGACY_FILE = "checkpoint"
@@ -42,6 +42,8 @@ LAYOUTS = ("orbax", "legacy")
 TARGET = "target/"
 LEGACY_VERSION = 3
 MAX_LAYERS = 10_000
+LAYER_AXIS = 1
+"""Where `scalable_t5` has the layers of a stacked array by default (t5x's `param_scan_axis`)."""
 _STEP = re.compile(r"checkpoint_(\d+)")
 _IN_HEADS = re.compile(r".*/(query|key|value)/kernel")
 _FROM_HEADS = re.compile(r".*attention/out/kernel")
@@ -149,7 +151,7 @@ def _layer_axis(arrays: Mapping[str, StoredArray]) -> int:
         dim, shape = arrays[embedding].shape[1], arrays[norm].shape
         if len(shape) == 2 and shape[1] == dim != shape[0]:
             return 0
-    return SCAN_AXIS
+    return LAYER_AXIS
 
 
 def _as_matrix(path: str, array: StoredArray) -> StoredArray:
@@ -175,7 +177,7 @@ def to_t5x(params: Tree, config: T5Config) -> Tree:
     if not config.relative_attention_per_layer:
         return params
     heads, dim = config.num_heads, config.head_dim
-    flat = flatten(stack_layers(params, config))
+    flat = flatten(stack_layers(params, config, axis=LAYER_AXIS))
     for path, array in flat.items():
         if path.split("/")[1] not in STACKS:
             continue

@@ -1,17 +1,20 @@
 """The two layouts of a stack's layers, and the way from one to the other.
 
     per layer   encoder/layers_0/mlp/wo/kernel [F, D], encoder/layers_1/mlp/wo/kernel [F, D], ...
-    stacked     encoder/encoder/mlp/wo/kernel [F, L, D]
+    stacked     encoder/encoder/mlp/wo/kernel [L, F, D]
 
-`T5Config.scan_layers` chooses the layout that the model reads. The stacked one is that of t5x's
-`scalable_t5`, axis included. What is stored (backbones, experts, merges) is always per layer:
-arrays change layout where they enter and leave a model, through `from_storage` and `to_storage`.
-Both layouts hold for a backbone and for an expert of any kind.
+`T5Config.scan_layers` chooses the layout that the model reads. The stacked one has the names of
+t5x's `scalable_t5`; but the layers come first, where t5x has them second by default: a loop over
+any other axis makes XLA copy the whole backbone in every step, to bring the layers to the front.
+What is stored (backbones, experts, merges) is always per layer: arrays change layout where they
+enter and leave a model, through `from_storage` and `to_storage`. Both layouts hold for a backbone
+and for an expert of any kind.
 Shapes: D model, F mlp, L layers.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
@@ -22,8 +25,8 @@ import numpy as np
 from elm_jax.errors import ElmError
 from elm_jax.models.config import T5Config
 
-SCAN_AXIS = 1
-"""Where the axis over L layers stands in a stacked array (t5x's `param_scan_axis`)."""
+SCAN_AXIS = 0
+"""Where the axis over L layers stands in a stacked array."""
 STACKS = ("encoder", "decoder")
 Tree = Any
 _LAYER = re.compile(r"layers_(\d+)$")
@@ -33,12 +36,13 @@ def _layers(config: T5Config, stack: str) -> int:
     return config.num_encoder_layers if stack == "encoder" else config.num_decoder_layers
 
 
-def stack_layers(tree: Tree, config: T5Config) -> Tree:
+def stack_layers(tree: Tree, config: T5Config, axis: int = SCAN_AXIS) -> Tree:
     """Joins the layers of each stack: per layer -> stacked.
 
     Args:
       tree: backbone or expert, a nested dict of arrays (NumPy stays NumPy) per layer.
       config: says how many layers there are.
+      axis: where the layers go in a stacked array; for other programs, as the model reads one only.
 
     Returns:
       The stacked tree; arrays outside of layers are those of `tree`.
@@ -49,8 +53,9 @@ def stack_layers(tree: Tree, config: T5Config) -> Tree:
     >>> config = T5Config(8, 2, 1, 2, 4, num_encoder_layers=3, num_decoder_layers=1)
     >>> tree = {'encoder': {f'layers_{i}': {'scale': np.full(2, i)} for i in range(3)}}
     >>> stack_layers(tree, config)['encoder']['encoder']['scale']
-    array([[0, 1, 2],
-           [0, 1, 2]])
+    array([[0, 0],
+           [1, 1],
+           [2, 2]])
     """
     result = dict(tree)
     for stack in STACKS:
@@ -66,7 +71,7 @@ def stack_layers(tree: Tree, config: T5Config) -> Tree:
         if len({jax.tree.structure(layer) for layer in layers}) > 1:
             raise ElmError(f"the layers of {stack} differ in their arrays, so they do not stack")
         rest = {name: part for name, part in parts.items() if name not in wanted}
-        result[stack] = {**rest, stack: jax.tree.map(_join, *layers)}
+        result[stack] = {**rest, stack: jax.tree.map(functools.partial(_join, axis), *layers)}
     return result
 
 
@@ -83,14 +88,14 @@ def unstack_layers(tree: Tree, config: T5Config) -> Tree:
             continue
         count = _layers(config, stack)
         for path, leaf in jax.tree.leaves_with_path(parts[stack]):
-            if leaf.ndim <= SCAN_AXIS or leaf.shape[SCAN_AXIS] != count:
+            if leaf.shape[:1] != (count,):
                 raise ElmError(
-                    f"{stack}/{stack}{_path(path)} has shape {tuple(leaf.shape)}: axis {SCAN_AXIS} "
+                    f"{stack}/{stack}{_path(path)} has shape {tuple(leaf.shape)}: its first axis "
                     f"should hold {count} layers"
                 )
         rest = {name: part for name, part in parts.items() if name != stack}
         layers = {
-            f"layers_{i}": jax.tree.map(lambda leaf, i=i: _take(leaf, i), parts[stack])
+            f"layers_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], parts[stack])
             for i in range(count)
         }
         result[stack] = {**rest, **layers}
@@ -107,14 +112,9 @@ def to_storage(tree: Tree, config: T5Config) -> Tree:
     return unstack_layers(tree, config) if config.scan_layers else tree
 
 
-def _join(*leaves: Any) -> Any:
+def _join(axis: int, *leaves: Any) -> Any:
     xp: Any = np if all(isinstance(leaf, np.ndarray) for leaf in leaves) else jnp
-    return xp.stack(leaves, axis=min(SCAN_AXIS, leaves[0].ndim))
-
-
-def _take(leaf: Any, index: int) -> Any:
-    taken = leaf[(slice(None),) * SCAN_AXIS + (index,)]
-    return np.ascontiguousarray(taken) if isinstance(taken, np.ndarray) else taken
+    return xp.stack(leaves, axis=axis)
 
 
 def _path(path: Any) -> str:

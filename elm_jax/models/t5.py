@@ -4,7 +4,7 @@
     model.apply({'params': backbone, 'expert': expert}, encoder_input_tokens, decoder_input_tokens)
 
 With `config.scan_layers` the layers of a stack are one loop over stacked arrays, named as in t5x's
-`scalable_t5`: encoder/encoder/mlp/wo/kernel [F, L, D]; `models.scan` converts.
+`scalable_t5`: encoder/encoder/mlp/wo/kernel [L, F, D]; `models.scan` converts.
 
 Backbone tree (t5x's): token_embedder/embedding, encoder/relpos_bias/rel_embedding,
 encoder/layers_0/{pre_attention_layer_norm,attention,pre_mlp_layer_norm,mlp}, encoder/encoder_norm,

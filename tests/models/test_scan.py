@@ -23,8 +23,7 @@ CONFIG = T5Config(
     vocab_size=V, emb_dim=16, num_heads=2, head_dim=5, mlp_dim=24,
     num_encoder_layers=2, num_decoder_layers=2,
 )  # fmt: skip
-SPECS: dict[str, ExpertSpec | None] = {
-    "none": None,
+SPECS: dict[str, ExpertSpec] = {
     "adapter": get_spec("adapter", bottleneck=4),
     "elm_code": get_spec("elm_code", bottleneck=4),
     "lora": LoraSpec(rank=3, targets=("q", "k", "v", "o", "wi", "wo")),
@@ -80,46 +79,46 @@ def both(name: str, *inputs: Any, **options: Any) -> tuple[np.ndarray, np.ndarra
     return run(False), run(True)
 
 
-def test_the_stacked_tree_is_that_of_scalable_t5() -> None:
+def test_the_stacked_tree_has_the_names_of_scalable_t5() -> None:
     config = T5Config(11, 8, 2, 3, 16, 4, 5, scan_layers=True, relative_attention_per_layer=True)
     lora = LoraSpec(rank=2, targets=("q",), blocks=("encoder", "cross"))
     shapes = {p: x.shape for p, x in flatten(expert_shapes(config, get_spec("full"))).items()}
     assert shapes == {
         "token_embedder/embedding": (11, 8),
-        "encoder/encoder/relpos_bias/rel_embedding": (2, 4, 32),
-        "encoder/encoder/pre_attention_layer_norm/scale": (8, 4),
-        "encoder/encoder/attention/query/kernel": (8, 4, 6),
-        "encoder/encoder/attention/key/kernel": (8, 4, 6),
-        "encoder/encoder/attention/value/kernel": (8, 4, 6),
-        "encoder/encoder/attention/out/kernel": (6, 4, 8),
-        "encoder/encoder/pre_mlp_layer_norm/scale": (8, 4),
-        "encoder/encoder/mlp/wi_0/kernel": (8, 4, 16),
-        "encoder/encoder/mlp/wi_1/kernel": (8, 4, 16),
-        "encoder/encoder/mlp/wo/kernel": (16, 4, 8),
+        "encoder/encoder/relpos_bias/rel_embedding": (4, 2, 32),
+        "encoder/encoder/pre_attention_layer_norm/scale": (4, 8),
+        "encoder/encoder/attention/query/kernel": (4, 8, 6),
+        "encoder/encoder/attention/key/kernel": (4, 8, 6),
+        "encoder/encoder/attention/value/kernel": (4, 8, 6),
+        "encoder/encoder/attention/out/kernel": (4, 6, 8),
+        "encoder/encoder/pre_mlp_layer_norm/scale": (4, 8),
+        "encoder/encoder/mlp/wi_0/kernel": (4, 8, 16),
+        "encoder/encoder/mlp/wi_1/kernel": (4, 8, 16),
+        "encoder/encoder/mlp/wo/kernel": (4, 16, 8),
         "encoder/encoder_norm/scale": (8,),
-        "decoder/decoder/relpos_bias/rel_embedding": (2, 5, 32),
-        "decoder/decoder/pre_self_attention_layer_norm/scale": (8, 5),
-        "decoder/decoder/self_attention/query/kernel": (8, 5, 6),
-        "decoder/decoder/self_attention/key/kernel": (8, 5, 6),
-        "decoder/decoder/self_attention/value/kernel": (8, 5, 6),
-        "decoder/decoder/self_attention/out/kernel": (6, 5, 8),
-        "decoder/decoder/pre_cross_attention_layer_norm/scale": (8, 5),
-        "decoder/decoder/encoder_decoder_attention/query/kernel": (8, 5, 6),
-        "decoder/decoder/encoder_decoder_attention/key/kernel": (8, 5, 6),
-        "decoder/decoder/encoder_decoder_attention/value/kernel": (8, 5, 6),
-        "decoder/decoder/encoder_decoder_attention/out/kernel": (6, 5, 8),
-        "decoder/decoder/pre_mlp_layer_norm/scale": (8, 5),
-        "decoder/decoder/mlp/wi_0/kernel": (8, 5, 16),
-        "decoder/decoder/mlp/wi_1/kernel": (8, 5, 16),
-        "decoder/decoder/mlp/wo/kernel": (16, 5, 8),
+        "decoder/decoder/relpos_bias/rel_embedding": (5, 2, 32),
+        "decoder/decoder/pre_self_attention_layer_norm/scale": (5, 8),
+        "decoder/decoder/self_attention/query/kernel": (5, 8, 6),
+        "decoder/decoder/self_attention/key/kernel": (5, 8, 6),
+        "decoder/decoder/self_attention/value/kernel": (5, 8, 6),
+        "decoder/decoder/self_attention/out/kernel": (5, 6, 8),
+        "decoder/decoder/pre_cross_attention_layer_norm/scale": (5, 8),
+        "decoder/decoder/encoder_decoder_attention/query/kernel": (5, 8, 6),
+        "decoder/decoder/encoder_decoder_attention/key/kernel": (5, 8, 6),
+        "decoder/decoder/encoder_decoder_attention/value/kernel": (5, 8, 6),
+        "decoder/decoder/encoder_decoder_attention/out/kernel": (5, 6, 8),
+        "decoder/decoder/pre_mlp_layer_norm/scale": (5, 8),
+        "decoder/decoder/mlp/wi_0/kernel": (5, 8, 16),
+        "decoder/decoder/mlp/wi_1/kernel": (5, 8, 16),
+        "decoder/decoder/mlp/wo/kernel": (5, 16, 8),
         "decoder/decoder_norm/scale": (8,),
         "decoder/logits_dense/kernel": (8, 11),
     }
     assert {p: x.shape for p, x in flatten(expert_shapes(config, lora)).items()} == {
-        "encoder/encoder/attention/query/lora_a": (8, 4, 2),
-        "encoder/encoder/attention/query/lora_b": (2, 4, 6),
-        "decoder/decoder/encoder_decoder_attention/query/lora_a": (8, 5, 2),
-        "decoder/decoder/encoder_decoder_attention/query/lora_b": (2, 5, 6),
+        "encoder/encoder/attention/query/lora_a": (4, 8, 2),
+        "encoder/encoder/attention/query/lora_b": (4, 2, 6),
+        "decoder/decoder/encoder_decoder_attention/query/lora_a": (5, 8, 2),
+        "decoder/decoder/encoder_decoder_attention/query/lora_b": (5, 2, 6),
     }
 
 
@@ -127,8 +126,7 @@ def test_the_stacked_tree_is_that_of_scalable_t5() -> None:
 def test_logits_are_those_of_the_layers_one_by_one(name: str) -> None:
     one_by_one, scanned = both(name, *tokens())
     np.testing.assert_allclose(scanned, one_by_one, atol=1e-5)
-    bare, _ = both("none", *tokens())
-    assert name == "none" or np.abs(one_by_one - bare).max() > 1e-2
+    assert one_by_one.std() > 0.1  # else the tolerance would say nothing
 
 
 def test_packed_examples() -> None:
@@ -167,10 +165,9 @@ def test_ranking_of_choices() -> None:
     np.testing.assert_allclose(*scores, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["lora", "full"])
-def test_gradients_stack_likewise(name: str) -> None:
-    config, spec = case(name)
-    params, expert = trees(name)
+def test_gradients_stack_likewise() -> None:
+    config, spec = case("lora")
+    params, expert = trees("lora")
 
     def gradient(config: T5Config) -> Any:
         def loss(expert: Any) -> jax.Array:
@@ -205,7 +202,6 @@ def test_each_layer_draws_its_own_dropout() -> None:
 @pytest.mark.parametrize("name", ["elm_code", "lora", "full"])
 def test_initial_experts_shapes_axes_and_shardings(name: str) -> None:
     config, spec = CONFIG.replace(scan_layers=True), SPECS[name]
-    assert spec is not None
     made, shapes = init_expert(config, spec, jax.random.key(0)), expert_shapes(config, spec)
     assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, shapes)
     per_layer = expert_shapes(CONFIG, spec)
@@ -216,7 +212,7 @@ def test_initial_experts_shapes_axes_and_shardings(name: str) -> None:
             stack, *rest = path.split("/")
             inside = rest[0] == stack
             one = flatten(theirs)["/".join([stack, "layers_0", *rest[1:]]) if inside else path]
-            assert tuple(names) == ((one[0], "layers", *one[1:]) if inside else tuple(one)), path
+            assert tuple(names) == (("layers", *one) if inside else tuple(one)), path
     assert flatten(shardings(make_mesh(), stacked[1], shapes)).keys() == flatten(shapes).keys()
 
 
@@ -224,7 +220,7 @@ def test_layers_of_an_initial_expert_differ() -> None:
     config = CONFIG.replace(scan_layers=True)
     made = init_expert(config, get_spec("lora"), jax.random.key(0))
     a = flatten(made)["encoder/encoder/attention/query/lora_a"]
-    assert np.abs(a[:, 0] - a[:, 1]).max() > 1e-3
+    assert np.abs(a[0] - a[1]).max() > 1e-3
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -232,19 +228,20 @@ def test_stacking_is_undone(name: str) -> None:
     config, _ = case(name)
     for tree in trees(name):
         if tree is not None:
-            back = unstack_layers(stack_layers(tree, config), config)
+            stacked = stack_layers(tree, config)
+            back = unstack_layers(stacked, config)
             jax.tree.map(np.testing.assert_array_equal, back, tree)
-            assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(back))
+            assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves((stacked, back)))
 
 
 def test_trees_that_do_not_fit_are_refused() -> None:
-    params, _ = trees("none")
+    params, _ = trees("adapter")
     fewer = CONFIG.replace(num_decoder_layers=1)
     with pytest.raises(ElmError, match="decoder/layers_1 is one too many: .* 1 decoder layers"):
         stack_layers(params, fewer)
     with pytest.raises(ElmError, match="encoder/layers_2 is missing: .* 3 encoder layers"):
         stack_layers(params, CONFIG.replace(num_encoder_layers=3))
-    with pytest.raises(ElmError, match=r"decoder/decoder/.*axis 1 should hold 1 layers"):
+    with pytest.raises(ElmError, match=r"decoder/decoder/.*its first axis should hold 1 layers"):
         unstack_layers(stack_layers(params, CONFIG), fewer)
     flat = flatten(params)
     del flat["encoder/layers_1/mlp/wo/kernel"]

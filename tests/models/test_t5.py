@@ -405,6 +405,15 @@ def test_bfloat16_is_close(name: str | None) -> None:
     assert 0 < np.abs(half - full).max() < 0.05 * np.abs(full).max()
 
 
+@pytest.mark.parametrize("config", [CONFIG, TIED], ids=["untied", "tied"])
+def test_logits_of_bfloat16_computation_are_float32_sums(config: T5Config) -> None:
+    params, _ = init(config, None)
+    half = logits(config.replace(dtype="bfloat16"), None, {"params": params})
+    assert half.dtype == np.float32
+    # Rounded to bfloat16 on the way, every one of them would be a bfloat16 number.
+    assert np.mean(half != half.astype(jnp.bfloat16).astype(np.float32)) > 0.9
+
+
 def test_dropout_acts_in_training_only() -> None:
     params, _ = init(CONFIG, None)
     variables = {"params": params}
