@@ -2,8 +2,8 @@
 
 Two parts:
   sizes: random weights of a T5's shape. Bytes of the weights, and what XLA's buffers take
-    (arguments and temporaries, from the compiled program) to train a LoRA expert, to score and to generate,
-    with the layers unrolled and scanned; how fast each is, interleaved.
+    (arguments and temporaries, from the compiled program) to train a LoRA expert, to score and to
+    generate, with the layers unrolled and scanned; how fast each is, interleaved.
   scores: the embedded backbone `elm-tiny` on embedded tasks. How far logits and log-probabilities
     of choices move from float32's, how often the chosen answer changes, and the accuracy, for the
     bare backbone and, with --experts, for one expert per task that was trained on float weights and

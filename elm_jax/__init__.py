@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         Backbone,
         fold_expert,
         load_backbone,
+        quantize_backbone,
         save_backbone,
         save_huggingface,
         save_t5x,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from elm_jax.evaluation.evaluate import EvaluationOptions, Evaluator
     from elm_jax.evaluation.report import write_report
     from elm_jax.experts import (
+        ExpertPool,
         ExpertStore,
         bind_variables,
         expert_cosines,
@@ -49,6 +51,7 @@ _HOMES = {
         "Backbone",
         "fold_expert",
         "load_backbone",
+        "quantize_backbone",
         "save_backbone",
         "save_huggingface",
         "save_t5x",
@@ -57,6 +60,7 @@ _HOMES = {
     "elm_jax.evaluation.evaluate": ("EvaluationOptions", "Evaluator"),
     "elm_jax.evaluation.report": ("write_report",),
     "elm_jax.experts": (
+        "ExpertPool",
         "ExpertStore",
         "bind_variables",
         "expert_cosines",

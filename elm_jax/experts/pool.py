@@ -161,7 +161,8 @@ class ExpertPool:
             self.put(name, expert)
         for name in wanted:
             self._place.move_to_end(name)
-        place = {None: self.capacity, **self._place}
+        place: dict[str | None, int] = {None: self.capacity}
+        place.update(self._place)
         return np.array([place[name] for name in names], np.int32)
 
     def _load(self, name: str) -> Tree:
