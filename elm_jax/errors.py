@@ -10,6 +10,12 @@ class ElmError(ValueError):
     """A user's mistake or a damaged file; its message is one line: what, where, the remedy."""
 
 
+class Preempted(ElmError):
+    """A run was asked to stop, and wrote a checkpoint; the exit status asks to be started again."""
+
+    exit_status = 75
+
+
 class TrainingDiverged(ElmError):
     """The loss stopped being finite; the last good checkpoint is kept."""
 

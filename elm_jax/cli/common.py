@@ -99,6 +99,28 @@ def shard(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
+def add_distributed(parser: Any) -> None:
+    """Adds the options that join several processes to one run."""
+    parser.add_argument(
+        "--distributed",
+        default="none",
+        metavar="HOW",
+        help="none, auto, slurm, kubernetes, or HOST:PORT of process 0: several processes, one run",
+    )
+    parser.add_argument(
+        "--process", type=shard, metavar="I/N", help="with HOST:PORT: this is process I of N"
+    )
+
+
+def join(args: argparse.Namespace) -> bool:
+    """Joins the processes of a run; returns whether this one speaks for all."""
+    from elm_jax.training import distributed
+
+    distributed.initialize(args.distributed, args.process)
+    distributed.stop_on_sigterm()
+    return distributed.is_writer()
+
+
 def print_json(data: Any) -> None:
     """Prints JSON for a program."""
     json.dump(data, sys.stdout, indent=2, ensure_ascii=False)

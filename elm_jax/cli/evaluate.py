@@ -20,7 +20,21 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--backbone", default="elm-tiny", help="name or folder (%(default)s)")
     parser.add_argument("--store", help="folder of experts; not needed for --with none")
-    parser.add_argument("--tasks", nargs="+", required=True, metavar="PATTERN")
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        metavar="PATTERN",
+        help="folders or globs of them, mini, p3:NAME or bigbench:DIR; a suite of P3 has its own",
+    )
+    parser.add_argument(
+        "--suite",
+        metavar="NAME",
+        help="average as a table of the paper: unseen11, bigbench13, generative8, seen36 or "
+        "compositional5; refused where one of its prompts is missing",
+    )
+    parser.add_argument(
+        "--partial", action="store_true", help="average what there is of a suite, and mark it"
+    )
     parser.add_argument(
         "--with",
         dest="with_",
@@ -56,7 +70,19 @@ def add_parser(subparsers: Any) -> None:
         action="store_true",
         help="rank choices by the mean log-probability of their tokens, not by the sum",
     )
-    how.add_argument("--generation-metric", default="rouge_l", help="rouge_l or exact_match")
+    how.add_argument(
+        "--generation-metric",
+        default="rouge_l",
+        help="of tasks without choices: rouge_l, rouge_1, rouge_l_multilingual, exact_match, f1, "
+        "bleu, bert_score or bert_score_precision; a suite has its own",
+    )
+    how.add_argument(
+        "--suite-metrics",
+        choices=("paper", "elm_code"),
+        default="paper",
+        help="metrics of a suite as the paper says, or as the published code reads them",
+    )
+    how.add_argument("--bert-score-model", metavar="DIR", help="encoder of BERTScore")
     how.add_argument("--batch-size", type=int, default=32)
     how.add_argument("--experts-per-batch", type=int, default=8, metavar="X")
     how.add_argument("--max-inputs-length", type=int, default=512, metavar="T")
@@ -69,6 +95,7 @@ def add_parser(subparsers: Any) -> None:
         "--quantize", choices=("int8",), help="keep the matrices of the backbone in int8"
     )
     _add_generation(parser)
+    common.add_p3(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
@@ -186,20 +213,66 @@ def _note_quantization(backbone: Any, infos: Any) -> None:
         )
 
 
+def _suite(args: argparse.Namespace) -> Any:
+    """Returns the suite that is asked for, or None; fills in what it says of tasks."""
+    from elm_jax.errors import ElmError
+    from elm_jax.evaluation.suites import get_suite
+
+    common.use_p3(args)
+    if args.suite is None:
+        if not args.tasks:
+            raise ElmError("say what to score: --tasks PATTERN, or --suite NAME")
+        return None
+    suite = get_suite(args.suite, args.suite_metrics)
+    if not args.tasks:
+        if not suite.tasks:
+            raise ElmError(f"--suite {suite.name} needs --tasks: folders, or bigbench:DIR")
+        args.tasks = list(suite.tasks)
+        if suite.examples is not None and args.p3_evaluation_examples is None:
+            args.p3_evaluation_examples = str(suite.examples)
+            common.use_p3(args)
+    return suite
+
+
+def _print_suite(found: Any, name: str) -> None:
+    """Prints what a suite comes to for one strategy."""
+    lines = [(d.label, d.cluster, found.datasets[d.label]) for d in found.suite.datasets]
+    if found.suite.total == "clusters":
+        lines += [(cluster, "mean", score) for cluster, score in found.clusters.items()]
+    common.print_table(
+        (found.suite.name, "cluster", name),
+        [
+            (label + "~" * (label in found.incomplete), cluster, _points(score))
+            for label, cluster, score in lines
+        ],
+    )
+    mark = f"~{_points(found.total)}, of {found.coverage} whole datasets" if found.partial else None
+    print(f"total: {mark or _points(found.total)}")
+
+
+def _points(score: float | None) -> str:
+    return "-" if score is None else f"{100 * score:.2f}"
+
+
 def run(args: argparse.Namespace) -> int:
     """Evaluates what the arguments say."""
     from elm_jax.data.examples import find_tasks
     from elm_jax.errors import ElmError
+    from elm_jax.evaluation.aggregate import aggregate, strategy_scores
     from elm_jax.evaluation.evaluate import EvaluationOptions, Evaluator
+    from elm_jax.evaluation.results import Results
     from elm_jax.experts import ExpertStore
     from elm_jax.training.experts import backbone_vocabulary
 
+    suite = _suite(args)
     options = EvaluationOptions(
         split=args.split,
         per=args.per,
         answer_choices=args.answer_choices,
         mean_log_prob=args.mean_log_prob,
         generation_metric=args.generation_metric,
+        task_metrics=suite.metrics if suite else {},
+        bert_score_model=args.bert_score_model,
         batch_size=args.batch_size,
         experts_per_batch=args.experts_per_batch,
         max_inputs_length=args.max_inputs_length,
@@ -226,6 +299,11 @@ def run(args: argparse.Namespace) -> int:
             report=bar.update,
         )
         evaluator.check(args.with_)
+        if suite:  # a prompt that is missing is said before anything is scored
+            there: dict[str, dict[str, float]] = {}
+            for unit in evaluator.units:
+                there.setdefault(unit.task, {}).update((e.prompt, 0.0) for e in unit.examples)
+            aggregate(suite, there, partial=args.partial)
         _note_quantization(backbone, evaluator.infos.values())
         given = [libraries.of(with_) for with_ in args.with_]
         strategies = [
@@ -233,10 +311,20 @@ def run(args: argparse.Namespace) -> int:
         ]
     finally:
         bar.close()
+    totals = {}
+    if suite:
+        results = Results.load(args.output)
+        for name in (s.name for s in strategies if s is not None):
+            totals[name] = aggregate(suite, strategy_scores(results, name), partial=args.partial)
     if args.json:
         import dataclasses
 
-        common.print_json([dataclasses.asdict(s) for s in strategies if s is not None])
+        made = [dataclasses.asdict(s) for s in strategies if s is not None]
+        suites = {
+            name: {"total": t.total, "datasets": t.datasets, "missing": list(t.missing)}
+            for name, t in totals.items()
+        }
+        common.print_json({"strategies": made, "suite": suites} if suite else made)
         return 0
     for with_, strategy in zip(args.with_, strategies, strict=True):
         if strategy is None:
@@ -256,4 +344,7 @@ def run(args: argparse.Namespace) -> int:
                 for c in strategy.tasks
             ],
         )
+        if suite:
+            print()
+            _print_suite(totals[strategy.name], with_)
     return 0

@@ -40,6 +40,8 @@ def add_parser(subparsers: Any) -> None:
             "--shard", type=common.shard, metavar="I/N", help="the I-th of N parts, I from 0"
         )
         action.add_argument("--json", action="store_true", help="print JSON")
+        if name == "run":
+            common.add_distributed(action)
         if name == "status":
             action.add_argument("--html", metavar="FILE", help="write a page, too")
             action.add_argument("--all", action="store_true", help="a line per expert")
@@ -56,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace, fleet: Any) -> int:
     from elm_jax.training.fleet import train_fleet
 
-    bar = common.ProgressBar("steps", hide=args.json)
+    speaks = common.join(args)
+    bar = common.ProgressBar("steps", hide=args.json or not speaks)
     try:
         outcomes = train_fleet(
             fleet,
@@ -65,6 +68,8 @@ def _run(args: argparse.Namespace, fleet: Any) -> int:
         )
     finally:
         bar.close()
+    if not speaks:
+        return 0
     if args.json:
         common.print_json(
             {

@@ -8,26 +8,31 @@ import os
 import sys
 from collections.abc import Sequence
 
-from elm_jax.errors import ElmError
+from elm_jax.errors import ElmError, Preempted
 from elm_jax.version import __version__
 
 COMMANDS = (
     "render",
     "train",
+    "fleet",
     "experts",
     "library",
     "merge",
     "evaluate",
     "report",
+    "tables",
     "export",
     "backbone",
     "mini",
+    "explain-sharding",
+    "plan",
 )
 _DESCRIPTION = """\
 Trains many small experts over one frozen T5, then retrieves, merges and evaluates them.
 
 A usual order: train -> library build -> evaluate -> report.
-Exit status: 0 done, 1 failed, 2 bad arguments. ELM_JAX_DEBUG=1 shows tracebacks.
+Exit status: 0 done, 1 failed, 2 bad arguments, 75 asked to stop (run it again).
+ELM_JAX_DEBUG=1 shows tracebacks.
 """
 
 
@@ -41,7 +46,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"elm-jax {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
-        importlib.import_module(f"elm_jax.cli.{name}").add_parser(subparsers)
+        module = importlib.import_module(f"elm_jax.cli.{name.replace('-', '_')}")
+        module.add_parser(subparsers)
     return parser
 
 
@@ -108,6 +114,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         line = describe(error)
         if line is None or debug:
             raise
+        if isinstance(error, Preempted):
+            print(f"elm-jax {args.command}: {line}", file=sys.stderr)
+            return error.exit_status
         print(f"elm-jax {args.command}: error: {line}", file=sys.stderr)
         return 1
 

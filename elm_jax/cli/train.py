@@ -110,6 +110,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="I/N",
         help="train the I-th of N parts of the experts, I from 0: for arrays of jobs on one store",
     )
+    common.add_distributed(run)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run_command)
 
@@ -124,6 +125,7 @@ def run_command(args: argparse.Namespace) -> int:
     from elm_jax.training.experts import TrainingOptions, train_experts
     from elm_jax.training.sharding import parse_rule
 
+    speaks = common.join(args)
     common.use_p3(args)
     for module in args.module:
         try:
@@ -167,7 +169,7 @@ def run_command(args: argparse.Namespace) -> int:
         log_every=args.log_every,
         checkpoint_every=args.checkpoint_every,
     )
-    bar = common.ProgressBar("steps", hide=args.json)
+    bar = common.ProgressBar("steps", hide=args.json or not speaks)
     try:
         outcomes = train_experts(
             args.backbone,
@@ -183,6 +185,8 @@ def run_command(args: argparse.Namespace) -> int:
         )
     finally:
         bar.close()
+    if not speaks:
+        return 0
     if not outcomes and not args.json:
         print("nothing to train in shard {}/{}: there are fewer experts".format(*args.shard))
     elif args.json:

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -214,7 +215,7 @@ class ExpertStore:
         """
         folder = (self.folder(name) / "params").resolve()  # Orbax takes absolute paths only
         try:
-            with ocp.PyTreeCheckpointer() as checkpointer:
+            with _checkpointer() as checkpointer:
                 wanted = self.shapes(name) if paths is None else unflatten(dict.fromkeys(paths, 0))
                 args = _tree_map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
                 return checkpointer.restore(
@@ -232,7 +233,7 @@ class ExpertStore:
         """Returns the tree of an expert's array metadata (shape, dtype) without reading arrays."""
         folder = (self.folder(name) / "params").resolve()
         try:
-            with ocp.PyTreeCheckpointer() as checkpointer:
+            with _checkpointer() as checkpointer:
                 return checkpointer.metadata(folder).item_metadata.tree
         except Exception as error:  # as above
             raise ElmError(f"{folder}: damaged or incomplete ({_first_line(error)})") from error
@@ -306,7 +307,7 @@ class ExpertStore:
         temporary = self.path / f"{_TEMPORARY}{info.id}-{uuid.uuid4().hex[:8]}"
         temporary.mkdir(parents=True)
         try:
-            with ocp.PyTreeCheckpointer() as checkpointer:
+            with _checkpointer() as checkpointer:
                 checkpointer.save(temporary.resolve() / "params", arrays)
             (temporary / "instances.jsonl").write_text(
                 "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in instances)
@@ -393,3 +394,13 @@ def _tree_map(function: Any, tree: Tree) -> Tree:
 def _first_line(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:300]
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    """Returns what reads and writes arrays in this process alone, whichever others there are."""
+    if jax.process_count() == 1:
+        return ocp.PyTreeCheckpointer()
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(me, {me}, f"elm_jax_store_{me}")
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)

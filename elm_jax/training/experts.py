@@ -24,6 +24,7 @@ from elm_jax.experts.store import ExpertInfo, ExpertStore, check_id, expert_id
 from elm_jax.experts.tree import flatten
 from elm_jax.models import ExpertSpec, get_spec
 from elm_jax.models.quantize import check_quantization
+from elm_jax.training import distributed
 from elm_jax.training.loop import Member, RunConfig, train_stack
 from elm_jax.training.sharding import RULES, LogicalRules, check_split, make_mesh
 
@@ -340,7 +341,7 @@ def train_experts(
                 progress=progress,
             )
             for plan, result in zip(group, trained, strict=True):
-                if plan.id in there:
+                if plan.id in there or not distributed.is_writer():
                     continue
                 expert_store.write(
                     ExpertInfo(
@@ -357,7 +358,9 @@ def train_experts(
                     plan.instances,
                 )
         # Metrics and event files stay; the checkpoints are in the experts now.
-        (folder / "checkpoints").rmtree(missing_ok=True)
+        if distributed.is_writer():
+            (folder / "checkpoints").rmtree(missing_ok=True)
+        distributed.barrier(f"written {group[0].id}")
         done += sum(plan.train_steps for plan in group)
     return [
         Outcome(expert_store.info(plan.id), "there" if plan.id in there else "trained")

@@ -24,7 +24,7 @@ from elm_jax.experts.apply import backbone_shapes
 from elm_jax.experts.tree import Tree, check_shapes, unstack
 from elm_jax.models import ExpertSpec, T5Config
 from elm_jax.models.scan import to_storage
-from elm_jax.training import sharding
+from elm_jax.training import distributed, sharding
 from elm_jax.training.metrics import MetricsWriter
 from elm_jax.training.optimizers import OptimizerSpec
 from elm_jax.training.program import build_program, runs_one_by_one
@@ -136,6 +136,7 @@ def train_stack(
     Raises:
       ElmError: if the folder holds a run with other settings or data.
       TrainingDiverged: if a loss or gradient is not finite; the last good checkpoint stays.
+      Preempted: if the run was asked to stop (see `distributed`); a checkpoint is written.
     """
     if len({m.id for m in members}) != len(members) or not members:
         raise ElmError(f"a stack needs members with different ids, got {[m.id for m in members]}")
@@ -156,9 +157,11 @@ def train_stack(
         rules=rules,
     )
     check_shapes("the backbone", params, backbone_shapes(config))
-    # An array that is already laid out so is passed on, not copied.
-    params = jax.device_put(params, program.backbone)
+    params = distributed.put(params, program.backbone)
     keys = jnp.stack([expert_key(run.seed, m.id) for m in members])
+    if jax.process_count() > 1:
+        data = distributed.put(jax.random.key_data(keys), sharding.replicated(mesh))
+        keys = jax.jit(jax.random.wrap_key_data, out_shardings=program.keys)(data)
     step_fn = program.jit_step()
     identity = {
         **run.identity(),
@@ -168,7 +171,8 @@ def train_stack(
     }
     options = ocp.CheckpointManagerOptions(max_to_keep=run.keep, create=True)
     with (
-        contextlib.closing(MetricsWriter(run_folder)) as writer,
+        distributed.only_run(run_folder),
+        contextlib.closing(MetricsWriter(run_folder, write=distributed.is_writer())) as writer,
         ocp.CheckpointManager(run_folder / "checkpoints", options=options) as manager,
     ):
         state = _restore(manager, program.shapes, program.state, identity, run_folder)
@@ -181,7 +185,8 @@ def train_stack(
         for step, batch in _batches(members, start, run.train_steps, mesh, rules):
             state, metrics = step_fn(state, params, keys, batch)
             pending.append(metrics)
-            save = step % run.checkpoint_every == 0 or step == run.train_steps
+            stop = step < run.train_steps and distributed.should_stop(step)
+            save = stop or step % run.checkpoint_every == 0 or step == run.train_steps
             if save or step % run.log_every == 0:
                 done = jax.device_get(pending)  # waits for the steps, so that the clock is true
                 now = time.perf_counter()
@@ -192,9 +197,13 @@ def train_stack(
                     progress(step, {k: v for k, v in record.items() if k != "experts"})
             if save:
                 _save(manager, step, state, identity)
+            if stop:
+                manager.wait_until_finished()
+                raise distributed.preempted(run_folder, step)
         manager.wait_until_finished()
+    trained = distributed.gather(state.expert, sharding.replicated(mesh))
     return [
-        TrainedExpert(m.id, to_storage(unstack(state.expert, i), config), writer.history(m.id))
+        TrainedExpert(m.id, to_storage(unstack(trained, i), config), writer.history(m.id))
         for i, m in enumerate(members)
     ]
 
@@ -218,7 +227,7 @@ def _batches(
         rows = len(batches[0]["encoder_input_tokens"])
         sharding.check_work(mesh, len(members), rows, rules)
         stacked = {name: np.stack([b[name] for b in batches]) for name in batches[0]}
-        return jax.device_put(stacked, place)
+        return distributed.put(stacked, place)
 
     ahead = 2
     with concurrent.futures.ThreadPoolExecutor(max_workers=1) as pool:

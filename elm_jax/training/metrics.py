@@ -26,14 +26,17 @@ class MetricsWriter:
     Args:
       folder: the run's folder.
       tensorboard: whether to write event files too (needs the package tensorboardX).
+      write: whether to write at all; of several processes, one does.
     """
 
-    def __init__(self, folder: str | Path, *, tensorboard: bool = True) -> None:
+    def __init__(self, folder: str | Path, *, tensorboard: bool = True, write: bool = True) -> None:
         self.path = epath.Path(folder) / "metrics.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         self.records: list[dict[str, Any]] = []
+        self._write = write
         self._events: Any = None
-        if tensorboard:
+        if write:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        if tensorboard and write:
             try:
                 from tensorboardX.event_file_writer import EventsWriter
             except ImportError:
@@ -55,6 +58,8 @@ class MetricsWriter:
                     break  # torn by a kill; nothing after it can be newer than the checkpoint
                 if record["step"] <= step:
                     self.records.append(record)
+        if not self._write:
+            return
         temporary = self.path.with_name(self.path.name + ".tmp")
         temporary.write_text("".join(json.dumps(record) + "\n" for record in self.records))
         temporary.replace(self.path)
@@ -62,6 +67,8 @@ class MetricsWriter:
     def write(self, record: Mapping[str, Any]) -> None:
         """Adds one record: 'step', run-wide numbers, and 'experts' {id: {name: number}}."""
         self.records.append(dict(record))
+        if not self._write:
+            return
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         if self._events is not None:
