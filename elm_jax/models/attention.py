@@ -132,6 +132,7 @@ def _memory_efficient(
 ) -> Array:
     """Rows of the softmax need nothing of each other, so chunks of queries go one by one."""
     queries = query.shape[-2]
+    chunk = min(chunk, queries)
     count = -(-queries // chunk)
     padding = count * chunk - queries
 

@@ -21,10 +21,10 @@ CONFIG = T5Config(
     num_heads=3,
     head_dim=6,
     mlp_dim=24,
-    num_encoder_layers=2,
-    num_decoder_layers=2,
+    num_encoder_layers=1,
+    num_decoder_layers=1,
 )
-WIDER = CONFIG.replace(vocab_size=14, num_encoder_layers=1, num_decoder_layers=1)
+WIDER = CONFIG.replace(vocab_size=14)
 """A beam search of 4 beams needs 8 candidates."""
 
 

@@ -88,13 +88,14 @@ def test_another_expert_or_batch_compiles_nothing(way: str) -> None:
     spec = get_spec("lora")
     model, params = T5(WIDER, spec), initial(config=WIDER)["params"]
     compiled, results = [], []
-    for seed, length in ((0, 9), (1, 17), (2, 30), (3, 40)):
+    for seed, length in ((0, 9), (1, 17), (2, 30), (3, 40))[: 4 if way == "greedy" else 3]:
         variables = {"params": params, "expert": initial(spec, seed, WIDER)["expert"]}
         tokens = np.pad(inputs(WIDER, batch=3, length=length), ((0, 0), (0, 64 - length)))
         results.append(np.asarray(generate(model, variables, tokens, config, key).tokens))
         compiled.append(_generate._cache_size())
     assert compiled[0] == compiled[1] == compiled[2]
-    assert compiled[3] == compiled[2] + 1  # 40 tokens do not fit in 32: the count does count
+    if way == "greedy":
+        assert compiled[3] == compiled[2] + 1  # 40 tokens do not fit in 32: the count does count
     assert not np.array_equal(results[0], results[1])
 
 
@@ -126,15 +127,14 @@ def test_least_and_most_tokens_and_padding(way: str) -> None:
             assert (row[end[0] + 1 :] == 5).all()
 
 
-@pytest.mark.parametrize("way", ["greedy", "sampling"])  # a longer limit lets other beams win
-def test_a_longer_limit_repeats_a_shorter_one_where_that_has_ended(way: str) -> None:
-    """Each row stops for itself: what follows in others changes nothing."""
+def test_a_longer_limit_draws_the_same() -> None:
+    """Each row stops for itself, and its draws are those of its places."""
     found = []
     for limit in (5, 9):
-        config = GenerationConfig(max_new_tokens=limit, **WAYS[way])
-        key = jax.random.key(0) if config.do_sample else None
+        config = GenerationConfig(max_new_tokens=limit, do_sample=True)
         variables = initial(config=WIDER)
-        found.append(np.asarray(generate(T5(WIDER), variables, inputs(WIDER), config, key).tokens))
+        out = generate(T5(WIDER), variables, inputs(WIDER), config, jax.random.key(0))
+        found.append(np.asarray(out.tokens))
     np.testing.assert_array_equal(found[0], found[1][..., :5])
 
 

@@ -103,11 +103,11 @@ def test_stacked_equals_each_expert_alone(kind: str) -> None:
 
 def test_stacked_steps_are_those_of_the_longest() -> None:
     spec = get_spec("lora")
-    model, params = T5(CONFIG, spec), initial()["params"]
-    alone = [initial(spec, seed)["expert"] for seed in (1, 5)]
+    model, params = T5(WIDER, spec), initial(config=WIDER)["params"]
+    alone = [initial(spec, seed, WIDER)["expert"] for seed in (6, 7)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *alone)
     seen = set()
-    for tokens in np.split(inputs(), 8):
+    for tokens in np.split(inputs(WIDER), 8):
         found = stacked_generate(model, spec, params, stacked, tokens, GREEDY)
         assert int(found.steps) == ends(found.tokens).max()
         seen.add(int(found.steps))
