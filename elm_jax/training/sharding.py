@@ -11,7 +11,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -154,7 +154,8 @@ class MeshSpec:
 
     def logical_rules(self) -> LogicalRules:
         """Returns `RULES` with this spec's changes."""
-        return tuple({**dict(RULES), **dict(self.rules)}.items())
+        changes = cast(LogicalRules, self.rules)
+        return tuple({**dict(RULES), **dict(changes)}.items())
 
 
 def parse_rule(text: str) -> tuple[str, tuple[str, ...]]:
@@ -192,11 +193,12 @@ def _show(sizes: Mapping[str, int]) -> str:
 def _nearest_sizes(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
     """Returns the sizes that fit the devices with the smallest change of factors, in all."""
 
-    def distance(candidate: Sequence[int]) -> float:
+    def distance(candidate: tuple[int, ...]) -> float:
         pairs = zip(candidate, sizes.values(), strict=True)
         return sum(abs(math.log(new / old)) for new, old in pairs if old != -1)
 
-    return dict(zip(sizes, min(_products(devices, len(sizes)), key=distance), strict=True))
+    best: tuple[int, ...] = min(_products(devices, len(sizes)), key=distance)
+    return dict(zip(sizes, best, strict=True))
 
 
 def _products(number: int, parts: int) -> Iterator[tuple[int, ...]]:

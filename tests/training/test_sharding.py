@@ -18,6 +18,7 @@ from elm_jax.experts import expert_shapes, flatten, logical_axes
 from elm_jax.experts.apply import backbone_shapes
 from elm_jax.models import PRESETS, T5Config, get_spec
 from elm_jax.training import MeshSpec, OptimizerSpec, make_mesh
+from elm_jax.training.hlo import collectives, products
 from elm_jax.training.program import build_program
 from elm_jax.training.sharding import (
     RULES,
@@ -40,10 +41,17 @@ LAYOUTS = {
     "tensor_parallel": "tensor_parallel",
     "expert_parallel": "expert_parallel=2 data=4",
     "all": "expert=2,data=2,fsdp=2",
-    "three": "fsdp=2 tensor=2 data_parallel",
     "single": "single",
 }
 """Every preset, and products of them."""
+PROGRAMS = [
+    ("tensor_step", "adapter", "tensor=8"),
+    ("fsdp_step", "adapter", "fsdp=8"),
+    ("full_step", "full", "tensor=8"),
+]
+SIZES = (56, 32, 8, 8, 80, 1, 1)
+"""Steps whose compiled text is read, and sizes of which no two products of 8 x 12 or 8 x 6 tokens
+have the shape of a kernel."""
 
 # Runs where eight devices are forced; prints what each mesh gave, or the error it raised.
 PROGRAM = f"""
@@ -77,13 +85,29 @@ def losses(label, mesh, kind="adapter", optimizer="adamw", rows=8, count=2, rule
 
 for label, mesh in {LAYOUTS}.items():
     losses(label, mesh)
-losses("ruled", "fsdp=4,tensor=2", rules={{"adapter": ("tensor",), "batch": ("data",)}})
+changed = {{"adapter": "tensor", "batch": "data", "vocab": ()}}
+losses("three", "fsdp=2 tensor=2 data_parallel", rules=changed)
 losses("one_full", "single", "full", "adafactor")
 losses("full", "expert=2,fsdp=2,tensor=2", "full", "adafactor")
 losses("rows", "data_parallel", rows=6)
 losses("stack", "expert=2", count=3)
 losses("mlp", "tensor=8", mlp_dim=20)
 losses("few", "expert=3", count=3)
+
+import jax.numpy as jnp
+from elm_jax.experts.apply import backbone_shapes
+from elm_jax.training.program import abstract_batch, abstract_keys, build_program
+
+for label, kind, mesh in {PROGRAMS}:
+    sizes = T5Config(*{SIZES})
+    spec = get_spec(kind, bottleneck=5) if kind == "adapter" else get_spec(kind)
+    place = make_mesh(MeshSpec.parse(mesh))
+    built = build_program(sizes, spec, 1, place, one_by_one=True)
+    backbone = backbone_shapes(sizes)
+    lowered = built.jit_step().lower(
+        built.shapes, backbone, abstract_keys(1), abstract_batch(1, 8, 12, 6)
+    )
+    out[label] = lowered.compile().as_text()
 print(json.dumps(out))
 """
 
@@ -101,7 +125,7 @@ def eight(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS, "ruled"])
+@pytest.mark.parametrize("layout", [*LAYOUTS, "three"])
 def test_losses_do_not_depend_on_the_mesh(eight: dict, layout: str) -> None:
     assert np.shape(eight["single"]) == (2, 3)
     np.testing.assert_allclose(eight[layout], eight["single"], rtol=2e-4)
@@ -126,6 +150,41 @@ def test_what_does_not_divide_is_named_with_the_nearest_that_would(eight: dict) 
         "mesh expert=3 x data=-1 x fsdp=1 x tensor=1 needs a multiple of 3 devices, so it does "
         "not fit 8 devices; nearest that does: expert=4 x data=2 x fsdp=1 x tensor=1"
     ) in eight["few"]
+
+
+def kernels(ways: int) -> set[tuple[int, ...]]:
+    """The shapes of the backbone's matrices, split so many ways over `tensor` or not."""
+    config = T5Config(*SIZES)
+    names = flatten(logical_axes(config, None)[0])
+    shapes = {path: leaf.shape for path, leaf in flatten(backbone_shapes(config)).items()}
+    split = {
+        tuple(
+            size // (ways if dict(RULES)[name] == ("tensor",) else 1)
+            for size, name in zip(shape, names[path], strict=True)
+        )
+        for path, shape in shapes.items()
+        if path.endswith(("kernel", "embedding")) and "relpos" not in path
+    }
+    return split | {shape[::-1] for shape in split}
+
+
+def test_tensor_parallel_step_gathers_no_matrix_of_the_backbone(eight: dict) -> None:
+    gathered = [c for c in collectives(eight["tensor_step"]) if c.kind == "all-gather"]
+    whole = kernels(1)
+    assert not [c for c in gathered if any(shape[-2:] in whole for shape in c.shapes)]
+    # The same reading finds them where they are gathered on purpose.
+    fsdp = [c for c in collectives(eight["fsdp_step"]) if c.kind == "all-gather"]
+    assert [c for c in fsdp if any(shape[-2:] in whole for shape in c.shapes)]
+    assert any(c.kind == "all-reduce" for c in collectives(eight["tensor_step"]))
+
+
+def test_no_gradient_of_a_frozen_matrix_is_computed(eight: dict) -> None:
+    matrices = kernels(8) | kernels(1)
+    assert products(eight["tensor_step"])
+    assert not [shape for shape in products(eight["tensor_step"]) if shape[-2:] in matrices]
+    # The same reading finds them where all weights are trained.
+    found = {shape[-2:] for shape in products(eight["full_step"])} & matrices
+    assert len(found) >= 4
 
 
 @pytest.mark.parametrize("scanned", [False, True])
@@ -270,3 +329,30 @@ def test_mistakes_in_meshes(text: str, said: str) -> None:
     with pytest.raises(ElmError) as error:
         MeshSpec.parse(text)
     assert said in str(error.value)
+
+
+def test_gin_presets_are_the_meshes_they_are_called() -> None:
+    code = """
+import gin, json, pathlib
+from elm_jax.gin_utils import gin_folder
+out = {}
+for path in sorted((gin_folder() / "sharding").glob("*.gin")):
+    gin.clear_config()
+    lines = ["import builtins", "builtins.dict.mesh = @sharding.MeshSpec()"]
+    changes = ["FSDP = 4", "SHARDING_RULES = {'adapter': 'tensor'}"]
+    lines += changes if path.stem == "product" else []
+    gin.parse_config([path.read_text(), *lines])
+    spec = gin.get_configurable(dict)()["mesh"]
+    out[path.stem] = [list(spec.sizes().values()), spec.rules]
+print(json.dumps(out))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {
+        "single": [[1, 1, 1, 1], []],
+        "data_parallel": [[1, -1, 1, 1], []],
+        "fsdp": [[1, 1, -1, 1], []],
+        "tensor_parallel": [[1, 1, 1, -1], []],
+        "expert_parallel": [[-1, 1, 1, 1], []],
+        "product": [[1, -1, 4, 1], [["adapter", ["tensor"]]]],
+    }
