@@ -101,8 +101,7 @@ def attend(
     """
     chosen = "plain" if drop is not None else choose(kind, query, keys)
     if chosen == "fused":
-        implementation = "cudnn" if cudnn_takes(query, keys) else "xla"
-        return _fused(query, keys, values, bias, mask, implementation)
+        return _fused(query, keys, values, bias, mask, cudnn_takes(query, keys))
     if chosen == "memory_efficient":
         return _memory_efficient(query, keys, values, bias, mask, chunk)
     return _plain(query, keys, values, bias, mask, drop)
@@ -161,14 +160,14 @@ def _fused(
     values: Array,
     bias: Array | None,
     mask: Array | None,
-    implementation: str,
+    cudnn: bool,
 ) -> Array:
     batch, heads, queries, _ = query.shape
     added = [x for x in (bias, mask) if x is not None]
     total = functools.reduce(jnp.add, added) if added else None
     if total is not None:
         total = jnp.broadcast_to(total, (batch, heads, queries, keys.shape[-2]))
-    if implementation == "cudnn":
+    if cudnn:
         # Its batching rule wants all inputs batched or none; under a vmap over experts some,
         # such as masks, are not. Adding nothing of each to all the others makes them alike.
         tie = sum(0 * x[..., :1, :1] for x in (query, keys, values))
@@ -180,6 +179,6 @@ def _fused(
         values.swapaxes(1, 2),
         bias=total,
         scale=1.0,
-        implementation=implementation,  # type: ignore[arg-type]
+        implementation="cudnn" if cudnn else "xla",
     )
     return mixed.swapaxes(1, 2)

@@ -129,6 +129,33 @@ def test_memory_efficient_attention_holds_few_scores() -> None:
     assert memory("memory_efficient") < scores / 2
 
 
+@pytest.mark.skipif(not attention._on_cuda(), reason="cuDNN's kernel needs a CUDA device")
+@pytest.mark.parametrize("batched", [(0, 0, 0), (0, None, 0), (None, None, 0)], ids=str)
+def test_cudnn_agrees_with_plain_under_a_vmap_over_experts(batched: Any) -> None:
+    rng = np.random.default_rng(0)
+
+    def half(*shape: int) -> Any:
+        return jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+
+    arrays = [half(*([2] if axis == 0 else []), 3, 4, 128, 64) for axis in batched]
+    bias = jnp.asarray(half(4, 128, 128), jnp.float32)
+    mask = jnp.where(jnp.arange(128) < jnp.array([[128], [64], [2]]), 0.0, MASK_VALUE)[
+        :, None, None
+    ]
+
+    def gradients(kind: str) -> Any:
+        def loss(*arrays: Any) -> Any:
+            return jnp.square(attend(kind, *arrays, bias, mask).astype(jnp.float32)).sum()
+
+        return jax.jit(jax.vmap(jax.value_and_grad(loss, (0, 1, 2)), in_axes=batched))(*arrays)
+
+    single = [x[0] if axis == 0 else x for x, axis in zip(arrays, batched, strict=True)]
+    assert choose("auto", *single[:2]) == "fused"
+    for ours, theirs in zip(*map(jax.tree.leaves, map(gradients, ("fused", "plain"))), strict=True):
+        ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
+        np.testing.assert_allclose(ours, theirs, atol=0.05 * np.abs(theirs).max())
+
+
 # Who takes which
 
 
