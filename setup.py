@@ -46,7 +46,7 @@ EXTRAS = {
     # BLEU and BERTScore; the other metrics need no more than "report".
     "metrics": ["sacrebleu", "bert-score"],
     # Apache Beam asks for protobuf below 7, newer sentencepiece for 7: see docs/p3.md.
-    "cache": ["seqio>=0.0.20", "apache-beam", "sentencepiece<0.2.2"],
+    "cache": ["seqio>=0.0.20", "apache-beam[tfrecord]", "sentencepiece<0.2.2"],
     "report": ["rouge-score", "tensorboardX"],
     "gpu": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],

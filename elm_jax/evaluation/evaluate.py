@@ -40,7 +40,6 @@ from elm_jax.models import T5, ExpertSpec
 from elm_jax.models.scan import from_storage
 
 WITH = ("none", "all", "oracle", RETRIEVED, "random")
-GENERATION_METRICS = ("rouge_l", "exact_match")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +51,9 @@ class EvaluationOptions:
       per: score each 'task', or each 'prompt' of it, as one.
       answer_choices: 'given', 'auto' (rank the targets of closed tasks) or 'none' (generate).
       mean_log_prob: rank choices by the mean log-probability of their tokens, not the sum.
-      generation_metric: 'rouge_l' or 'exact_match', for tasks without choices.
+      generation_metric: one of `metrics.TEXT_METRICS`, for tasks without choices.
+      task_metrics: the same for single tasks, by name.
+      bert_score_model: folder or name of the model of BERTScore.
       batch_size: inputs per batch.
       experts_per_batch: X, experts scored on a batch at once.
       max_inputs_length: longest input, in tokens; longer ones are cut.
@@ -69,6 +70,8 @@ class EvaluationOptions:
     answer_choices: str = "given"
     mean_log_prob: bool = False
     generation_metric: str = "rouge_l"
+    task_metrics: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    bert_score_model: str | None = None
     batch_size: int = 32
     experts_per_batch: int = 8
     max_inputs_length: int = 512
@@ -81,11 +84,8 @@ class EvaluationOptions:
     def __post_init__(self) -> None:
         if self.per not in ("task", "prompt"):
             raise ElmError(f"per must be 'task' or 'prompt', got {self.per!r}")
-        if self.generation_metric not in GENERATION_METRICS:
-            raise ElmError(
-                f"generation_metric must be one of {', '.join(GENERATION_METRICS)}, got "
-                f"{self.generation_metric!r}{nearest(self.generation_metric, GENERATION_METRICS)}"
-            )
+        for metric in (self.generation_metric, *self.task_metrics.values()):
+            metrics.check_metric(metric)
         sizes = ("batch_size", "experts_per_batch", "max_inputs_length", "max_targets_length")
         for name in (*sizes, "max_examples", "queries"):
             value = getattr(self, name)
@@ -101,6 +101,12 @@ class EvaluationOptions:
     def decoding(self) -> GenerationConfig:
         """How text is generated."""
         return self.generation or GenerationConfig(max_new_tokens=self.max_targets_length)
+
+    def metric(self, unit: Unit) -> str:
+        """Returns what a unit is scored by."""
+        if unit.ranked:
+            return "accuracy"
+        return self.task_metrics.get(unit.task, self.generation_metric)
 
     def settings(self) -> dict[str, Any]:
         """Returns what decides a score, as JSON."""
@@ -222,7 +228,6 @@ def score_examples(
     width = max(len(experts), 1)
     values = np.zeros((width, len(unit.examples)), np.float32)
     answers = [[""] * len(unit.examples) for _ in range(width)]
-    text_metric = getattr(metrics, options.generation_metric)
     seed = jax.random.key(options.seed)
     for rows, tokens, choices in batches_of(unit, vocabulary, options):
         if choices is not None:
@@ -254,9 +259,22 @@ def score_examples(
                     values[x, i] = metrics.exact_match(answer, example.targets)
                 else:
                     answer = vocabulary.decode(out[x, place].tolist())
-                    values[x, i] = text_metric(answer, example.targets)
                 answers[x][i] = answer
+    if not unit.ranked:
+        targets = [example.targets for example in unit.examples]
+        for x in range(width):
+            values[x] = metrics.score_each(
+                options.metric(unit), answers[x], targets, model=options.bert_score_model
+            )
     return values, answers
+
+
+def overall(
+    unit: Unit, options: EvaluationOptions, values: Sequence[float], answers: Sequence[str]
+) -> float:
+    """Returns the score of a unit from those of its examples and their answers, as 0 to 1."""
+    targets = [example.targets for example in unit.examples]
+    return metrics.overall(options.metric(unit), values, answers, targets)
 
 
 Report = Callable[[int, int, str], None]
@@ -392,7 +410,7 @@ class Evaluator:
                 if not names:
                     continue
                 started = time.perf_counter()
-                values, _ = score_examples(
+                values, answers = score_examples(
                     unit,
                     self.vocabulary,
                     self.options,
@@ -402,9 +420,9 @@ class Evaluator:
                     experts,
                 )
                 seconds = (time.perf_counter() - started) / len(ids)
-                for name, row in zip(ids, values, strict=True):
+                for name, row, said in zip(ids, values, answers, strict=True):
                     if name in names:
-                        self._store(unit, name, row, seconds)
+                        self._store(unit, name, row.tolist(), said, seconds)
                 done += len(names)
                 if self._report is not None:
                     self._report(done, total, unit.name)
@@ -429,6 +447,10 @@ class Evaluator:
         facts: dict[str, Any] = {"examples": unit.fingerprint, "expert_checksum": checksum}
         if self.backbone.config.quantization is not None:
             facts["quantization"] = self.backbone.config.quantization
+        if not unit.ranked and self._metric(unit) != self.options.generation_metric:
+            facts["generation_metric"] = self._metric(unit)
+        if self._metric(unit).startswith("bert_score"):
+            facts["bert_score_model"] = self.options.bert_score_model
         if not unit.ranked and self.options.generation is not None:
             facts["generation"] = dataclasses.asdict(self.options.generation)
             if self.options.generation.do_sample:
@@ -436,23 +458,37 @@ class Evaluator:
         return {**self.options.settings(), **facts}
 
     def _metric(self, unit: Unit) -> str:
-        return "accuracy" if unit.ranked else self.options.generation_metric
+        return self.options.metric(unit)
 
-    def _store(self, unit: Unit, expert: str, values: np.ndarray, seconds: float) -> None:
-        prompts: dict[str, list[float]] = {}
-        for example, value in zip(unit.examples, values.tolist(), strict=True):
-            prompts.setdefault(example.prompt, []).append(value)
+    def _store(
+        self,
+        unit: Unit,
+        expert: str,
+        values: Sequence[float],
+        answers: Sequence[str],
+        seconds: float,
+    ) -> None:
+        prompts: dict[str, list[int]] = {}
+        for i, example in enumerate(unit.examples):
+            prompts.setdefault(example.prompt, []).append(i)
+
+        def score_of(rows: Sequence[int]) -> float:
+            part = dataclasses.replace(unit, examples=tuple(unit.examples[i] for i in rows))
+            return overall(
+                part, self.options, [values[i] for i in rows], [answers[i] for i in rows]
+            )
+
         ranked = "rank_mean" if self.options.mean_log_prob else "rank"
         score = results.Score(
             task=unit.name,
             expert=expert,
             metric=self._metric(unit),
-            score=float(np.mean(values)),
+            score=overall(unit, self.options, values, answers),
             examples=len(values),
             scoring=ranked if unit.ranked else "generate",
             per_prompt={
-                prompt: {"score": float(np.mean(row)), "examples": len(row)}
-                for prompt, row in sorted(prompts.items())
+                prompt: {"score": score_of(rows), "examples": len(rows)}
+                for prompt, rows in sorted(prompts.items())
             },
             settings=self._settings(unit, expert),
             backbone=self.identity,
@@ -505,15 +541,18 @@ class Evaluator:
         by_expert: dict[str, list[int]] = {}
         for i, expert in enumerate(experts):
             by_expert.setdefault(expert, []).append(i)
-        values = np.zeros(len(unit.examples))
+        values, answers = np.zeros(len(unit.examples)), [""] * len(unit.examples)
         for expert, rows in by_expert.items():
             part = dataclasses.replace(unit, examples=tuple(unit.examples[i] for i in rows))
-            values[rows] = self._values(part, self.infos[expert].spec, self._load(expert))
+            found, said = self._values(part, self.infos[expert].spec, self._load(expert))
+            values[rows] = found
+            for i, answer in zip(rows, said, strict=True):
+                answers[i] = answer
         votes = {e: len(rows) for e, rows in sorted(by_expert.items(), key=lambda kv: -len(kv[1]))}
         return results.Choice(
             task=unit.name,
             expert=next(iter(votes)),
-            score=float(values.mean()),
+            score=overall(unit, self.options, values.tolist(), answers),
             metric=self._metric(unit),
             votes=votes,
             queries=len(values),
@@ -527,19 +566,20 @@ class Evaluator:
             raise ElmError(f"experts {', '.join(shares)} cannot be merged: their specs differ")
         trees = [self._load(expert) for expert in shares]
         merged = merge_trees(trees, list(shares.values())) if len(trees) > 1 else trees[0]
+        values, answers = self._values(unit, specs.pop(), merged)
         return results.Choice(
             task=unit.name,
             expert=vote.expert,
-            score=float(self._values(unit, specs.pop(), merged).mean()),
+            score=overall(unit, self.options, values.tolist(), answers),
             metric=self._metric(unit),
             votes=vote.votes,
             similarity=vote.similarity,
             queries=vote.queries,
         )
 
-    def _values(self, unit: Unit, spec: ExpertSpec, expert: Tree) -> np.ndarray:
-        """Returns the score of each example, float32 [n]."""
-        return score_examples(
+    def _values(self, unit: Unit, spec: ExpertSpec, expert: Tree) -> tuple[np.ndarray, list[str]]:
+        """Returns the score of each example, float32 [n], and its answer."""
+        [values], [answers] = score_examples(
             unit,
             self.vocabulary,
             self.options,
@@ -547,7 +587,8 @@ class Evaluator:
             self.backbone.params,
             spec,
             [expert],
-        )[0][0]
+        )
+        return values, answers
 
     def _write(self, name: str, choices: Sequence[results.Choice]) -> results.Strategy:
         strategy = results.Strategy(name, self.identity, self.options.seed, tuple(choices))

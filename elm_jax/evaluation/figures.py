@@ -26,7 +26,16 @@ from elm_jax.evaluation.tables import (
 
 WIDTH = 996  # pixels, of a figure on a desktop
 NARROW = 340  # on a phone: names stand above their bars
-_METRICS = {"accuracy": "accuracy", "rouge_l": "ROUGE-L", "exact_match": "exact match"}
+_METRICS = {
+    "rouge_l": "ROUGE-L",
+    "rouge_1": "ROUGE-1",
+    "rouge_l_multilingual": "ROUGE-L, multilingual",
+    "exact_match": "exact match",
+    "f1": "F1",
+    "bleu": "BLEU",
+    "bert_score": "BERTScore",
+    "bert_score_precision": "BERTScore precision",
+}
 MANY = 60  # beyond so many experts, single ones are no longer labelled
 
 STYLE = """
@@ -425,7 +434,7 @@ def comparison(results: Results, group: str | None, width: float = WIDTH) -> str
     body += _score_axis(x0, x1, top, bottom, end, "score, %")
     for i, task in enumerate(tasks):
         y = top + i * row + 6 + frame.lift
-        detail = f"{_METRICS[task.metric]}, n = {task.examples:,}"
+        detail = f"{_METRICS.get(task.metric, task.metric)}, n = {task.examples:,}"
         if frame.lift:
             body.append(frame.name(y - 5, task.name))
             body.append(_text(width, y - 5, detail, "small soft end"))
@@ -770,3 +779,45 @@ def _all_curves(
         box[3] + 28,
         body,
     )
+
+
+def skylines(
+    name: str,
+    title: str,
+    panels: Sequence[tuple[str, Sequence[float], float]],
+    width: float = WIDTH,
+) -> str:
+    """Returns sorted scores as narrow columns, one panel a set, each with a line of reference.
+
+    Args:
+      name: of the figure, for its ids.
+      title: what it shows.
+      panels: label, scores 0..1 in the order drawn, and the score of the line; 0 draws none.
+      width: of the figure in pixels.
+    """
+    end = _ceiling([score for _, scores, line in panels for score in (*scores, line)])
+    height, gap, left = 170.0, 56.0, 40.0
+    parts = []
+    for i, (label, scores, line) in enumerate(panels):
+        top = i * (height + gap) + 22
+        bottom = top + height
+        step = (width - left) / max(len(scores), 1)
+        parts.append(_text(0, top - 8, label, "strong"))
+        for tenth in range(round(10 * end) + 1):
+            y = bottom - height * tenth / 10 / end
+            parts.append(_line(left, y, width, y, "axis" if tenth else "zero"))
+            parts.append(_text(left - 6, y + 4, f"{10 * tenth}", "small soft end"))
+        for j, score in enumerate(scores):
+            size = height * score / end
+            class_ = "above" if line and score > line else "below"
+            place = f"{label}, rank {j + 1}: {_score(score)}"
+            parts.append(
+                _bar(left + j * step, bottom - size, step * 0.8, size, class_, place, radius=0)
+            )
+        if line:
+            y = bottom - height * line / end
+            parts.append(_line(left, y, width, y, "ref l-multitask"))
+            text = f"multitask {_score(line)}"
+            parts.append(_text(width, y - 5, text, "small end halo t-multitask"))
+    described = "; ".join(f"{label}: {len(scores)} experts" for label, scores, _ in panels)
+    return _svg(name, title, described, width, len(panels) * (height + gap), parts)

@@ -222,8 +222,8 @@ def _cell(column: Column, value: Value, *, heading: bool = False, best: bool = F
     return f"<{tag}{attributes}>{f'<b>{shown}</b>' if best else shown}</{tag}>"
 
 
-def _table(table: Table) -> str:
-    """Returns a table in its own scrolling box, its notes and the links to its files."""
+def _table(table: Table, *, files: bool = True) -> str:
+    """Returns a table in its own scrolling box, its notes and, where wanted, links to its files."""
     head = "".join(
         f'<th scope="col" class="{"num" if c.kind != "text" else ""}'
         f'{" row" if j == table.heading else ""}">{escape(c.name)}</th>'
@@ -246,7 +246,7 @@ def _table(table: Table) -> str:
         f'<div class="scroll{tall}" tabindex="0" role="region" aria-label="{title}">'
         f'<table><caption class="sr">{title}</caption><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody>{f'<tfoot>{foot}</tfoot>' if foot else ''}</table></div>"
-        f'<div class="notes">{_paragraphs(table.notes)}{_files(table)}</div></div>'
+        f'<div class="notes">{_paragraphs(table.notes)}{_files(table) if files else ""}</div></div>'
     )
 
 
@@ -506,6 +506,44 @@ def render(results: Results, *, date: str) -> str:
 </main>
 <footer class="page"><p>Made by <code>elm-jax report</code>. The page is complete in itself; the
 tables lie beside it under <code>tables/</code>.</p></footer>
+<script>{_SCRIPT}</script>
+</body>
+</html>
+"""
+
+
+def table_page(title: str, results: Results, made: Sequence[Table], figure: str = "") -> str:
+    """Returns tables as a page that is complete in itself.
+
+    Args:
+      title: its heading.
+      results: whose backbone and folder the header names.
+      made: the tables.
+      figure: SVG that stands after them.
+    """
+    boxes = "".join(_table(table, files=False) for table in made)
+    chart = _figure(figure, "Figure 1", "") if figure else ""
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
+<link rel="icon" href="data:,">
+<title>{escape(title)}</title>
+<style>{figures.STYLE}{_STYLE}</style>
+</head>
+<body>
+<div class="page">
+<header>
+<h1>{escape(title)}</h1>
+<p class="meta"><span>Ours: {escape(str(results.backbone["name"]))}</span>
+<span>{escape(results.path)}</span></p>
+</header>
+</div>
+<main class="page">
+{boxes}{chart}
+</main>
 <script>{_SCRIPT}</script>
 </body>
 </html>

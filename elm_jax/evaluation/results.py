@@ -26,10 +26,11 @@ from typing import Any, TypeVar
 from etils import epath
 
 from elm_jax.errors import ElmError, nearest
+from elm_jax.evaluation.metrics import TEXT_METRICS
 
 FORMAT = 1
 NONE = "none"  # the id that stands for the bare backbone
-METRICS = ("accuracy", "rouge_l", "exact_match")
+METRICS = ("accuracy", *TEXT_METRICS)
 SCORINGS = ("rank", "rank_mean", "generate")
 _NAME_LIMIT = 180  # bytes; file systems allow 255, the temporary name needs some of them
 
@@ -117,7 +118,7 @@ class Score:
     Attributes:
       task: the task's name.
       expert: the expert's id; "none" is the bare backbone.
-      metric: "accuracy", "rouge_l" or "exact_match".
+      metric: "accuracy", or one of `TEXT_METRICS`.
       score: the metric over all examples, 0 to 1.
       examples: how many examples were scored.
       scoring: "rank", "rank_mean" or "generate".
@@ -310,7 +311,7 @@ class TaskSummary:
     Attributes:
       name: the task's name.
       examples: how many its test split has.
-      metric: "accuracy", "rouge_l" or "exact_match".
+      metric: "accuracy", or one of `TEXT_METRICS`.
       choices: the most common number of answer choices, None without choices.
       group: "unseen", "seen" or any other heading.
       chance: the score of guessing uniformly among the choices.

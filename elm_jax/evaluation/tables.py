@@ -30,8 +30,9 @@ NAMES = {
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A column: its heading, and how its values are shown ("text", "count", "score", "gain",
-    "loss"). Scores and gains are kept as 0..1 and shown as percentages."""
+    """A column: its heading, and how its values are shown ("text", "count", "score", "percent",
+    "gain", "loss"). Scores, gains and percents are kept as 0..1 and shown as percentages, percents
+    with two decimals."""
 
     name: str
     kind: str = "text"
@@ -51,6 +52,8 @@ class Column:
         match self.kind:
             case "score":
                 return f"{100 * value:.1f}"
+            case "percent":
+                return f"{100 * value:.2f}"
             case "gain":
                 return f"{100 * value:+.1f}"
             case "loss":

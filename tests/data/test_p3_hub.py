@@ -49,11 +49,19 @@ def test_published_prompts(tmp_path: Path) -> None:
         for n in range(6)
     ]
     (config / "validation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (config / "train.jsonl").write_text(json.dumps({"text": "x"}) + "\n")
+    other = tmp_path / "P3" / "cosmos_qa_no_prompt_id"
+    other.mkdir()
+    (other / "train.jsonl").write_text(json.dumps({"text": "x"}) + "\n")
     [task] = find_p3(["cosmos_qa/no_prompt_text"], P3Source("rendered", str(tmp_path / "P3")))
     first, *_ = examples = task.split("test")
     assert len(examples) == 5, "one has no target"
     assert (first.inputs, first.targets) == ("context 1", ("answer 1",))
     assert first.answer_choices == ("answer 0", "answer 1")
+    [task] = find_p3(["cosmos_qa/no_prompt_id"], P3Source("rendered", str(tmp_path / "P3")))
     with pytest.raises(ElmError, match="no text 'inputs_pretokenized'; the fields are text"):
         task.split("train")
+    (other / "train.jsonl").write_text("not JSON")
+    with pytest.raises(ElmError, match="cosmos_qa_no_prompt_id, split 'train', cannot be read"):
+        find_p3(["cosmos_qa/no_prompt_id"], P3Source("rendered", str(tmp_path / "P3")))[0].split(
+            "train"
+        )

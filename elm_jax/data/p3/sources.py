@@ -134,8 +134,9 @@ class P3Source:
         """Returns the raw rows of a split (or slice of one), in their order.
 
         Raises:
-          FileNotFoundError: there is no such file, or no such dataset on the hub.
-          ElmError: the dataset is not in TensorFlow Datasets in the hub's schema, or a file is bad.
+          FileNotFoundError: there is no such file.
+          ElmError: a file is bad, the hub has no such dataset or cannot be reached, or TensorFlow
+            Datasets do not have it in the hub's schema.
         """
         if self.kind == "raw":
             base, part = _parse_split(split)
@@ -501,10 +502,10 @@ def _load_dataset(path: str, name: str | None, split: str) -> Sequence[Row]:
         ) from error
     try:
         loaded: Sequence[Row] = datasets.load_dataset(path, name, split=split)
-    except (FileNotFoundError, ConnectionError, ValueError) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         what = path if name is None else f"{path} ({name})"
-        message = " ".join(str(error).split())
-        raise FileNotFoundError(f"{what}, split {split!r}: {message}") from error
+        message = " ".join(str(error.__cause__ or error).split())[:300]
+        raise ElmError(f"{what}, split {split!r}, cannot be read: {message}") from error
     return loaded
 
 
