@@ -9,13 +9,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.resources
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,8 @@ class Backbone:
     def cast(self, dtype: str) -> Backbone:
         """Returns the backbone with its weights and computation in 'float32' or 'bfloat16'."""
         check_dtype(dtype)
+        if self.config.quantization is not None:
+            raise ElmError(f"backbone {self.name!r} is quantised; cast it before, not after")
         return dataclasses.replace(
             self, config=self.config.replace(dtype=dtype), params=cast_params(self.params, dtype)
         )
@@ -230,6 +233,23 @@ class Source:
     fingerprint: str | None = None
 
 
+LONGEST_MESSAGE = 1000
+
+
+@contextlib.contextmanager
+def _short_errors() -> Iterator[None]:
+    """Shortens what an error quotes from a file, if that would fill a screen."""
+    try:
+        yield
+    except ElmError as error:
+        text = str(error)
+        if len(text) <= LONGEST_MESSAGE:
+            raise
+        half = LONGEST_MESSAGE // 2
+        raise ElmError(f"{text[:half]} [...] {text[-half:]}") from error
+
+
+@_short_errors()
 def load_backbone(
     name_or_path: str | os.PathLike[str],
     *,
@@ -287,6 +307,7 @@ def _shapes(source: Source, placed: Tree) -> Tree:
     return unflatten({path: source.arrays.get(path, nothing) for path in flatten(placed)})
 
 
+@_short_errors()
 def open_backbone(name_or_path: str | os.PathLike[str], *, config: ConfigLike = None) -> Source:
     """Opens a backbone and checks names and shapes; see `load_backbone`."""
     folder = _locate(name_or_path)
@@ -469,10 +490,5 @@ def check_params(config: T5Config, params: Tree, where: object) -> None:
     """
     check_shapes(str(where), params, backbone_shapes(config))
     for path, array in flatten(params).items():
-        if config.quantization is not None:
-            raise ElmError(
-                f"{where}: quantised to {config.quantization}, which no file holds; save or export "
-                "the backbone as it was loaded"
-            )
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise ElmError(f"{where}: {path!r} has dtype {array.dtype}, expected a floating one")

@@ -125,6 +125,7 @@ def array_name(name: Any, where: object) -> str:
       ElmError: for a name that is no plain file name.
     """
     text = name.rstrip("/") if isinstance(name, str) else ""
-    if not text or text in (".", "..") or len(text) > 255 or set(text) & {"/", "\\", "\0"}:
+    plain = text.isprintable() and len(text) < 250 and not set(text) & {"/", "\\"}
+    if not plain or text in ("", ".", ".."):
         raise ElmError(f"{where}: array {name!r:.100} must be a folder of the checkpoint")
     return text

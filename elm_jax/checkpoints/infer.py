@@ -103,7 +103,7 @@ def _from_shapes(arrays: Mapping[str, StoredArray], where: Path) -> dict[str, An
             "not divide"
         )
     inputs = [p for p in arrays if re.fullmatch(r"encoder/layers_0/mlp/wi(_\d+)?/kernel", p)]
-    fields = {
+    fields: dict[str, Any] = {
         "vocab_size": vocab_size,
         "emb_dim": emb_dim,
         "num_heads": heads,

@@ -97,7 +97,8 @@ class StoredArray:
 
     def layer(self, number: int, axis: int) -> StoredArray:
         """Returns entry `number` along an axis, without that axis."""
-        before, after = (slice(None),) * axis, self.shape[:axis] + self.shape[axis + 1 :]
+        after = self.shape[:axis] + self.shape[axis + 1 :]
+        taken: Any = (slice(None),) * axis + (number,)
 
         def read(index: Index) -> np.ndarray:
             one = (*index[:axis], slice(number, number + 1), *index[axis:])
@@ -105,7 +106,7 @@ class StoredArray:
                 tuple(part.stop - part.start for part in _whole(index, after))
             )
 
-        return self._derived(after, read, lambda x: self.cut(x)[(*before, number)])
+        return self._derived(after, read, lambda x: self.cut(x)[taken])
 
     def joined(self, axis: int) -> StoredArray:
         """Returns the array with axes `axis` and `axis + 1` made one."""
@@ -253,7 +254,7 @@ def _safetensor(
 
 def _fill(file: Any, array: np.ndarray, path: Path) -> None:
     """Reads a contiguous array from where the file stands."""
-    view = memoryview(array.reshape(-1).view(np.uint8))
+    view = array.reshape(-1).view(np.uint8).data
     while view:
         try:
             count = file.readinto(view[: 2**30])
@@ -266,6 +267,8 @@ def _fill(file: Any, array: np.ndarray, path: Path) -> None:
 
 MAX_RATIO = 1100
 """How many times its bytes on disk a zarr array may claim to be: what gzip reaches at best."""
+LARGEST_CHUNK = 2**26
+"""Bytes that a chunk of a zarr array may have, unless the array is as large."""
 SMALL = 2**30
 """Arrays which claim fewer bytes in all are read whatever their ratio."""
 
@@ -315,6 +318,10 @@ def _zarr(store: Any, name: str, folder: Path) -> StoredArray:
     shape, dtype = tuple(store.shape), store.dtype.numpy_dtype
     if dtype.hasobject or math.prod(shape) * dtype.itemsize > 2**48:
         raise ElmError(f"{folder}: array {name} has dtype {dtype} and shape {shape}")
+    chunk = store.chunk_layout.read_chunk.shape
+    # A chunk is decoded whole; tensorstore ends the process where memory does not suffice for it.
+    if math.prod(chunk) > max(2 * math.prod(shape), LARGEST_CHUNK // dtype.itemsize):
+        raise ElmError(f"{folder}: array {name} of shape {shape} has chunks of shape {chunk}")
 
     def read(index: Index) -> np.ndarray:
         import tensorstore
@@ -356,8 +363,8 @@ def same_values(one: Any, other: Any) -> bool:
         return True
     if one.shape != other.shape:
         return False
-    values = [x.read() if isinstance(x, StoredArray) else np.asarray(x) for x in (one, other)]
-    return bool(np.array_equal(*values))
+    first, second = (x.read() if isinstance(x, StoredArray) else x for x in (one, other))
+    return bool(np.array_equal(first, second))
 
 
 def folder_size(folder: Path) -> int:

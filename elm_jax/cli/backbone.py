@@ -70,7 +70,7 @@ def run_show(args: argparse.Namespace) -> int:
     source = open_backbone(args.path, config=args.config)
     found = stored_fingerprint(source.config, source.arrays)
     dtypes = sorted({array.dtype.name for array in source.arrays.values()})
-    facts = {
+    facts: dict[str, Any] = {
         "name": source.name,
         "format": source.format,
         "folder": str(source.folder),

@@ -14,6 +14,7 @@ import collections
 import copy
 import json
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -43,6 +44,7 @@ CONFIG = T5Config(
     vocab_size=17, emb_dim=6, num_heads=3, head_dim=2, mlp_dim=8,
     num_encoder_layers=1, num_decoder_layers=1,
 )  # fmt: skip
+FAILED = 3
 ALLOWED = (ElmError, FileNotFoundError)
 ODD_VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 3, 17, 2**31, 2**63, -(2**63), 10**30, 0.5, -0.0, 1e308, "",
@@ -205,7 +207,7 @@ def trial(paths: dict[str, Path], seed: int, number: int) -> tuple[str, BaseExce
         load_backbone(paths[kind], on_host=True)
     except ALLOWED as error:
         text = str(error)
-        if "\n" in text or len(text) > 2000:
+        if "\n" in text or len(text) > 1500:
             return f"{label}: a message of {len(text)} characters", error
         return f"{kind}: refused", None
     except BaseException as error:  # what this script is for; a panic of a library is none of ours
@@ -215,8 +217,17 @@ def trial(paths: dict[str, Path], seed: int, number: int) -> tuple[str, BaseExce
     return f"{kind}: loaded", None
 
 
-def run(seconds: float | None, trials: int | None, seed: int, first: int = 0) -> list[str]:
-    """Runs trials for a time or a number of them; returns the failures, shown."""
+def run(
+    seconds: float | None,
+    trials: int | None,
+    seed: int,
+    first: int = 0,
+    progress: Path | None = None,
+) -> list[str]:
+    """Runs trials for a time or a number of them; returns the failures, shown.
+
+    `progress` is a file that holds the number of the trial under way.
+    """
     failures: list[str] = []
     counts: collections.Counter[str] = collections.Counter()
     slowest = (0.0, 0)
@@ -226,12 +237,15 @@ def run(seconds: float | None, trials: int | None, seed: int, first: int = 0) ->
         while (trials is None or number < first + trials) and (
             seconds is None or time.monotonic() - started < seconds
         ):
+            if progress is not None:
+                progress.write_text(str(number))
             begun = time.monotonic()
             label, error = trial(paths, seed, number)
             slowest = max(slowest, (time.monotonic() - begun, number))
             if error is not None:
                 counts["failed"] += 1
-                shown = "".join(traceback.format_exception(error))[-1500:]
+                lines = "".join(traceback.format_exception(error)).splitlines()[-12:]
+                shown = "\n".join(line[:300] for line in lines)
                 failures.append(f"seed {seed} trial {number}: {label}\n{shown}")
             else:
                 counts[label] += 1
@@ -246,20 +260,46 @@ def run(seconds: float | None, trials: int | None, seed: int, first: int = 0) ->
     return failures
 
 
+def watch(minutes: float, seed: int) -> list[str]:
+    """Runs trials in child processes, so that one which ends its process is a failure, too."""
+    failures, number, end = [], 0, time.monotonic() + 60 * minutes
+    with tempfile.TemporaryDirectory() as folder:
+        progress = Path(folder) / "trial"
+        while (left := end - time.monotonic()) > 0:
+            command = [sys.executable, __file__, "--seed", str(seed), "--first", str(number),
+                       "--minutes", str(left / 60), "--progress", str(progress)]  # fmt: skip
+            done = subprocess.run(command, capture_output=True, text=True)
+            print(done.stdout, end="", flush=True)
+            if done.returncode == 0:
+                break
+            if done.returncode == FAILED:
+                failures.append(done.stderr)
+                break
+            number = int(progress.read_text())
+            shown = "\n".join(line[:300] for line in done.stderr.splitlines()[-5:])
+            failures.append(f"seed {seed} trial {number}: exit {done.returncode}\n{shown}")
+            number += 1
+    return failures
+
+
 def main() -> int:
     """Runs from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--trial", type=int, help="run this one alone")
+    parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--progress", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.trial is not None:
         failures = run(None, 1, args.seed, args.trial)
+    elif args.progress is not None:
+        failures = run(60 * args.minutes, None, args.seed, args.first, args.progress)
     else:
-        failures = run(60 * args.minutes, None, args.seed)
+        failures = watch(args.minutes, args.seed)
     for failure in failures[:20]:
         print(failure, file=sys.stderr)
-    return bool(failures)
+    return FAILED if failures else 0
 
 
 if __name__ == "__main__":

@@ -313,6 +313,9 @@ def test_sizes_are_checked_before_memory_is_taken(tmp_path: Path) -> None:
     metadata.write_text(json.dumps(data | {"shape": [2**34, 12], "chunks": [2**34, 12]}))
     with pytest.raises(ElmError, match=r"its arrays claim [\d,]+ bytes, but its files have"):
         load_backbone(folder)
+    metadata.write_text(json.dumps(data | {"chunks": [2**40, 12]}))
+    with pytest.raises(ElmError, match=r"shape \(31, 12\) has chunks of shape \(1099511627776, 12"):
+        load_backbone(folder)
 
 
 def test_a_msgpack_file_from_a_stranger(tmp_path: Path) -> None:
