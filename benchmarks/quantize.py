@@ -49,7 +49,8 @@ SIZES = {
     "large": T5Config(32_128, 1024, 16, 64, 2816, 24, 24),
     "xl": T5Config(32_128, 2048, 32, 64, 5120, 24, 24),
 }
-FORMS = ("float32", "bfloat16", "int8")
+FORMS = ("float32", "bfloat16", "int8", "int8_bfloat16")
+"""Of the frozen matrices; after '_' of embeddings and output layer, where these are not float32."""
 LORA = get_spec("lora")
 
 
@@ -60,13 +61,18 @@ def megabytes(size: float) -> float:
 
 def shape_of(config: T5Config, form: str) -> tuple[T5Config, Any]:
     """Returns the config and shapes of a backbone as it is held in memory."""
-    if form == "int8":
-        config = config.replace(quantization="int8")
+    quantization, _, dtype = form.partition("_") if form.startswith("int8") else (None, "", form)
+    config = config.replace(quantization=quantization, dtype=dtype or "float32")
     shapes = backbone_shapes(config)
-    if form == "bfloat16":
-        config = config.replace(dtype="bfloat16")
-        shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.bfloat16), shapes)
+    if config.dtype == "bfloat16":
+        shapes = jax.tree_util.tree_map_with_path(_as_cast, shapes)
     return config, shapes
+
+
+def _as_cast(path: Any, shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    in_full = path[-1].key in ("scale", "kernel_scale", "rel_embedding")
+    keep = in_full or shape.dtype != jnp.float32
+    return shape if keep else jax.ShapeDtypeStruct(shape.shape, jnp.bfloat16)
 
 
 def programs(config: T5Config, sizes: argparse.Namespace) -> dict[str, tuple[Any, Any]]:
@@ -160,10 +166,15 @@ def measure_sizes(config: T5Config, args: argparse.Namespace) -> dict[str, Any]:
 
 def _weights(floats: Backbone, form: str, scan: bool) -> Any:
     backbone = floats.run_as(scan_layers=scan)
-    if form == "int8":
+    if form.startswith("int8"):
         backbone = quantize_backbone(backbone)
-    params = backbone.params
-    return jax.tree.map(lambda x: x.astype(jnp.bfloat16), params) if form == "bfloat16" else params
+    if not form.endswith("bfloat16"):
+        return backbone.params
+
+    def cast(path: Any, x: jax.Array) -> jax.Array:
+        return x.astype(_as_cast(path, jax.ShapeDtypeStruct(x.shape, x.dtype)).dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, backbone.params)
 
 
 def scored(

@@ -48,7 +48,7 @@ from elm_jax.training.step import make_train_step
 
 CONFIG = T5Config(
     vocab_size=50, emb_dim=32, num_heads=3, head_dim=8, mlp_dim=40,
-    num_encoder_layers=2, num_decoder_layers=2, dropout_rate=0.0,
+    num_encoder_layers=1, num_decoder_layers=1, dropout_rate=0.0,
 )  # fmt: skip
 LORA = get_spec("lora", rank=2, targets=("q", "k", "v", "o", "wi", "wo"))
 FLOAT = initialize(CONFIG, 0)
@@ -120,8 +120,8 @@ def test_equals_qwix() -> None:
 def test_only_matrices_of_blocks_are_quantized() -> None:
     found = {path: str(leaf.dtype) for path, leaf in flatten(INT8.params).items()}
     int8 = {path for path, dtype in found.items() if dtype == "int8"}
-    # Each of two encoder layers has 4 + 3 kernels, each decoder layer 8 + 3.
-    assert len(int8) == 2 * 7 + 2 * 11 and all(is_quantized(path) for path in int8)
+    # The encoder layer has 4 + 3 kernels, the decoder layer 8 + 3.
+    assert len(int8) == 7 + 11 and all(is_quantized(path) for path in int8)
     assert {path for path in found if path.endswith("_scale")} == {f"{p}_scale" for p in int8}
     untouched = set(found) - int8 - {f"{path}_scale" for path in int8}
     assert {path.rpartition("/")[2] for path in untouched} == {
@@ -216,7 +216,7 @@ def test_float_kernels_are_never_all_in_memory(what: str) -> None:
     config = CONFIG.replace(emb_dim=64, mlp_dim=1024, num_encoder_layers=4, num_decoder_layers=4)
     inputs, targets = batch()
 
-    def needed(quantization: str | None) -> int:
+    def temporary(quantization: str | None) -> int:
         run_as = config.replace(scan_layers=True, quantization=quantization)
         model = T5(run_as, LORA)
 
@@ -232,10 +232,11 @@ def test_float_kernels_are_never_all_in_memory(what: str) -> None:
 
         run = jax.jit({"training": train, "generation": decode}[what])
         lowered = run.lower(backbone_shapes(run_as), expert_shapes(run_as, LORA))
-        memory = lowered.compile().memory_analysis()
-        return memory.temp_size_in_bytes + memory.argument_size_in_bytes
+        return lowered.compile().memory_analysis().temp_size_in_bytes
 
-    assert needed("int8") < 0.6 * needed(None)
+    shapes = flatten(backbone_shapes(config))
+    kernels = sum(4 * leaf.size for path, leaf in shapes.items() if is_quantized(path))
+    assert temporary("int8") - temporary(None) < 0.25 * kernels
 
 
 def test_rules_cover_the_scales() -> None:
@@ -337,15 +338,15 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ElmError, match="is quantised to int8 already"):
         quantize_backbone(INT8)
     broken = jax.tree.map(lambda x: np.array(x), FLOAT.params)
-    broken["decoder"]["layers_1"]["mlp"]["wo"]["kernel"][0, 0] = np.nan
-    with pytest.raises(ElmError, match="'decoder/layers_1/mlp/wo/kernel': .* not finite"):
+    broken["decoder"]["layers_0"]["mlp"]["wo"]["kernel"][0, 0] = np.nan
+    with pytest.raises(ElmError, match="'decoder/layers_0/mlp/wo/kernel': .* not finite"):
         quantize_backbone(dataclasses.replace(FLOAT, params=broken))
     full = get_spec("full")
     with pytest.raises(ElmError, match="`full` expert .* unquantised"):
         init_expert(INT8.config, full, jax.random.key(0))
     with pytest.raises(ElmError, match="`full` expert .* unquantised"):
         bind_variables(full, INT8.params, INT8.params)
-    with pytest.raises(ElmError, match="quantised to int8, which no file holds"):
+    with pytest.raises(ElmError, match=r"is quantised \(int8\)"):
         save_backbone(INT8, tmp_path / "saved")
     with pytest.raises(ElmError, match=r"is quantised \(int8\)"):
         to_huggingface(INT8, tmp_path / "exported")
@@ -354,5 +355,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         fold_expert(INT8, LORA, expert(LORA), "one")
     with pytest.raises(ElmError, match="then call quantize_backbone"):
         initialize(INT8.config, 0)
+    with pytest.raises(ElmError, match="is quantised; cast it before"):
+        INT8.cast("bfloat16")
     with pytest.raises(ElmError, match="'quantization' is no way to run"):
         FLOAT.run_as(quantization="int8")
