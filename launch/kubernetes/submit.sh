@@ -76,13 +76,18 @@ arguments=(train)
 for argument in "$@"; do
   arguments+=("${argument//\$/\$\$}")
 done
-# $(SHARD) is set in the manifest.
+# $(SHARD) and $(PROCESS) are set in the manifest.
 # shellcheck disable=SC2016
 [ "$SHARDS" -eq 1 ] || arguments+=(--shard '$(SHARD)'"/$SHARDS")
+# shellcheck disable=SC2016
 if [ "$HOSTS" -gt 1 ]; then
   case "$KIND" in
     tpu) arguments+=(--distributed auto) ;;
-    gpu) arguments+=(--distributed kubernetes) ;;
+    # By the name of the job's first host: nothing has to be asked of the cluster.
+    gpu)
+      arguments+=(--distributed "$NAME-shard-"'$(SHARD)'"-0.$NAME:8476")
+      arguments+=(--process '$(PROCESS)'"/$HOSTS")
+      ;;
   esac
 fi
 quoted=

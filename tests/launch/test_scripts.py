@@ -201,10 +201,11 @@ def test_gpu_manifest() -> None:
     assert container["image"] == "reg/elm:1" and container["command"] == ["elm-jax"]
     # $$ is one dollar to Kubernetes, which puts the job's index in place of $(SHARD).
     expected = ["train", *TRAIN, "--multitask", '$$x "q" \\ @SHARDS@', "--shard", "$(SHARD)/3"]
-    assert container["args"] == [*expected, "--distributed", "kubernetes"]
-    values = {entry["name"]: entry.get("value") for entry in container["env"]}
-    assert values["JAX_COORDINATOR_ADDRESS"] == "fleet-shard-$(SHARD)-0.fleet:8476"
-    assert list(values).index("SHARD") < list(values).index("JAX_COORDINATOR_ADDRESS")
+    joined = ["--distributed", "fleet-shard-$(SHARD)-0.fleet:8476", "--process", "$(PROCESS)/2"]
+    assert container["args"] == [*expected, *joined]
+    fields = {e["name"]: e["valueFrom"]["fieldRef"]["fieldPath"] for e in container["env"][:2]}
+    assert "job-index" in fields["SHARD"] and "completion-index" in fields["PROCESS"]
+    assert {"containerPort": 8476} in container["ports"]
     assert container["resources"]["limits"] == {"nvidia.com/gpu": 4}
     mounts = {mount["name"] for mount in container["volumeMounts"]}
     assert mounts == {volume["name"] for volume in pod(loaded)["volumes"]}
