@@ -18,10 +18,10 @@ def quantize_backbone(backbone: Backbone, quantization: str = "int8") -> Backbon
     The result is the same backbone, run in another way: it keeps name and fingerprint, so that
     experts of the float backbone run on it and its experts run on the float one, and
     `config.quantization` says what it is. What was trained or scored on it records that in its
-    settings. Products turn one kernel at a time to the dtype of the computation. On a CPU, XLA makes
-    and keeps these copies ahead of time where layers are unrolled, which is faster but saves no
-    memory; with `scan_layers` it keeps one layer's. It is made anew after each load and is never saved; `full` experts, which change the
-    kernels themselves, need the float backbone.
+    settings. Products turn one kernel at a time to the dtype of the computation. On a CPU, XLA
+    makes and keeps these copies ahead of time where layers are unrolled, which is faster but saves
+    no memory; with `scan_layers` it keeps one layer's. It is made anew after each load and is never
+    saved; `full` experts, which change the kernels themselves, need the float backbone.
 
         quantized = quantize_backbone(load_backbone(path, on_host=True))
 

@@ -123,7 +123,7 @@ class P3Source:
         wanted = {"train": (dataset.train,) if dataset.train else (), "test": dataset.evaluation}
         if self.kind != "raw":
             return {ours: theirs[0] for ours, theirs in wanted.items() if theirs}
-        there = {}
+        there: dict[str, str] = {}
         for ours, candidates in wanted.items():
             for split in candidates:
                 if _row_file(str(self.data), dataset, _parse_split(split)[0]) is not None:
@@ -302,7 +302,8 @@ def convert(
         try:
             rendered = template.apply(row, seed=source.seed)
         except ElmError as error:
-            return _broken(f"{where}: {error}", source, count)
+            _broken(f"{where}: {error}", source, count)
+            return None
     if rendered is None:
         count.empty += 1
         return None
@@ -320,7 +321,8 @@ def convert(
     try:
         example = Example.from_row(entry, where)
     except ElmError as error:
-        return _broken(str(error), source, count)
+        _broken(str(error), source, count)
+        return None
     count.examples += 1
     return example
 
