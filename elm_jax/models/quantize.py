@@ -8,7 +8,7 @@ is that of Qwix's 'absmax' calibration, value for value: a channel's largest mag
 steps, so no value moves by more than half a step. Qwix (google/qwix) is the better kept of the two
 libraries for this (0.1.8 of June 2026; AQT's last release is 0.9.0 of August 2025), but it
 quantises linen models by patching JAX's functions while a model runs: kernels of a shape that
-`jnp.matmul` has met before stay float unnoticed, and a read of a kernel outside of a product fails.
+`jnp.matmul` has met before stay float unnoticed, and one that is cast before its product fails.
 Shapes: in and out are those of a kernel; a stacked one has the L layers between them.
 """
 
