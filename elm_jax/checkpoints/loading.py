@@ -21,6 +21,7 @@ from elm_jax.errors import ElmError
 from elm_jax.experts.tree import Tree, flatten, unflatten
 from elm_jax.models import T5Config
 
+_COLUMNS = 64
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
@@ -74,6 +75,7 @@ def load_params(
                 stored = arrays[path]
                 values = None if whole is None else stored.cut(whole)
                 if values is not None and not kept:
+                    values = as_buffer(values, stored.dtype)
                     samples.add(path, values)
                 if on_host or flat_shardings is None:
                     values = stored.read() if values is None else values
@@ -119,7 +121,12 @@ def as_buffer(values: np.ndarray, dtype: np.dtype[Any], *, copy: bool = False) -
     if values.dtype == dtype and values.flags.c_contiguous and not copy:
         return values
     out = empty(values.shape, dtype)
-    out[...] = values
+    if values.ndim == 2 and values.T.flags.c_contiguous:
+        for start in range(0, values.shape[1], _COLUMNS):  # a block of a transpose fits the cache
+            block = slice(start, start + _COLUMNS)
+            out[:, block] = values[:, block]
+    else:
+        out[...] = values
     return out
 
 

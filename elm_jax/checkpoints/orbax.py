@@ -22,6 +22,7 @@ from elm_jax.experts.tree import Tree
 METADATA_FILE = "_METADATA"
 MANIFEST_FILE = "manifest.ocdbt"
 STRUCTURE_FILE = "checkpoint"
+MAX_NAME = 1000
 _ARRAYS = ("jax.Array", "np.ndarray")
 
 
@@ -90,8 +91,12 @@ def _from_metadata(file: Path) -> tuple[dict[str, str], str]:
             kind = entry["value_metadata"]["value_type"]
         except (TypeError, KeyError) as error:
             raise ElmError(f"{file}: an entry of 'tree_metadata' lacks {error}") from error
-        if kind in _ARRAYS:
-            names["/".join(keys)] = ".".join(keys)
+        if kind not in _ARRAYS:
+            continue
+        name = ".".join(keys)
+        if not name.isprintable() or len(name) > MAX_NAME:
+            raise ElmError(f"{file}: {name!r:.100} is no name of an array")
+        names["/".join(keys)] = name
     return names, "zarr3" if data.get("use_zarr3") is True else "zarr"
 
 
@@ -100,7 +105,7 @@ def _from_structure(file: Path) -> tuple[dict[str, str], dict[str, StoredArray]]
     names, arrays = {}, {}
     for path, leaf in flatten_state(read_msgpack(file)).items():
         if isinstance(leaf, str) and leaf.startswith(PLACEHOLDER):
-            names[path] = leaf.removeprefix(PLACEHOLDER)
+            names[path] = array_name(leaf.removeprefix(PLACEHOLDER), f"{file}: {path}")
         elif isinstance(leaf, np.ndarray):
             arrays[path] = in_memory(leaf, f"{file}: {path}")
         elif isinstance(leaf, Mapping):

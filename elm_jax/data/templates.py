@@ -373,6 +373,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
         if operator == "**" and size(right) > 100:
             raise OverflowError(f"exponent {right} is above 100")
+        if operator == "**" and isinstance(left, int) and left.bit_length() * size(right) > 10_000:
+            raise OverflowError("a power of more than 10,000 bits; a smaller exponent is needed")
         if operator == "*" and (hasattr(left, "__len__") or hasattr(right, "__len__")):
             product = size(left) * size(right)
             if product > LARGEST_PRODUCT:

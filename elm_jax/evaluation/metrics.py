@@ -68,7 +68,8 @@ def rouge_l(prediction: str, targets: Sequence[str]) -> float:
     >>> round(rouge_l('the cats sat', ['a dog', 'the cat sat down']), 3)
     0.857
     """
-    return max(_rouge("rougeL").score(target, prediction)["rougeL"].fmeasure for target in targets)
+    scores = (_rouge("rougeL").score(target, prediction)["rougeL"] for target in targets)
+    return max(float(score.fmeasure) for score in scores)
 
 
 def rouge_1(prediction: str, targets: Sequence[str]) -> float:
@@ -77,7 +78,8 @@ def rouge_1(prediction: str, targets: Sequence[str]) -> float:
     >>> round(rouge_1('sat the cat', ['the cat sat down']), 3)
     0.857
     """
-    return max(_rouge("rouge1").score(target, prediction)["rouge1"].fmeasure for target in targets)
+    scores = (_rouge("rouge1").score(target, prediction)["rouge1"] for target in targets)
+    return max(float(score.fmeasure) for score in scores)
 
 
 def rouge_l_multilingual(prediction: str, targets: Sequence[str]) -> float:
@@ -244,9 +246,14 @@ def _bert_scorer(model: str) -> Any:
         raise FileNotFoundError(f"{model}: no such folder of a BERTScore model")
     name = Path(model).name
     layers = {known.rpartition("/")[2]: count for known, count in model2layers.items()}.get(name)
+    config = AutoConfig.from_pretrained(model)
     if layers is None:
-        layers = AutoConfig.from_pretrained(model).num_hidden_layers
-    return BERTScorer(model_type=model, num_layers=layers, device="cpu")
+        layers = config.num_hidden_layers
+    scorer = BERTScorer(model_type=model, num_layers=layers, device="cpu")
+    # It cuts texts at what the tokenizer says; many say nothing, which overflows in transformers 5.
+    positions = getattr(config, "max_position_embeddings", 512)
+    scorer._tokenizer.model_max_length = min(scorer._tokenizer.model_max_length, positions)
+    return scorer
 
 
 _EACH = {

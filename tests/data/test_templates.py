@@ -241,6 +241,33 @@ def test_sandbox(attack: str) -> None:
     assert row == {"text": "t", "rows": [0]}
 
 
+@pytest.mark.parametrize(
+    ("endless", "message"),
+    [
+        ("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}", "stopped"),
+        ("{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+         "stopped after 100,000 steps"),
+        ("{% for a in text %}{% for b in text %}{% for c in text %}{% endfor %}{% endfor %}"
+         "{% endfor %}", "stopped"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{{ range(10 ** 9) | list }}", "Range too big"),
+        ("{{ 'x' * 10 ** 9 }}", "product of 1000000000 elements"),
+        ("{{ [0] * 10 ** 9 }}", "product of"),
+        ("{{ 9 ** 999 }}", "exponent"),
+        ("{{ 9 ** 99 ** 99 ** 99 }}", "exponent"),
+    ],
+)  # fmt: skip
+def test_what_does_not_end_is_stopped(endless: str, message: str) -> None:
+    with pytest.raises(ElmError, match=f"a prompt.*{message}"):
+        template(f"{endless} ||| x").apply({"text": "t" * 200})
+
+
+def test_long_loops_that_end_are_fine() -> None:
+    loop = template("{% for i in range(50000) %}{% endfor %}{{ '-' * 3 }}{{ 2 ** 3 }} ||| x")
+    for _ in range(3):  # each rendering has the whole budget
+        assert loop.apply({}) == Rendered("---8", ["x"], None)
+
+
 # --- files and names
 
 
