@@ -145,11 +145,12 @@ def test_logits_are_those_of_the_rounded_weights(spec: ExpertSpec | None, scan: 
     else:
         plain = one
     inputs, targets = batch()
-    logits = T5(quantized.config, spec).apply(
+    logits = jax.jit(T5(quantized.config, spec).apply)(
         bind_variables(spec, quantized.params, one), inputs, targets
     )
+    apply = jax.jit(T5(CONFIG, spec).apply)
     rounded, original = (
-        T5(CONFIG, spec).apply(bind_variables(spec, params, plain), inputs, targets)
+        apply(bind_variables(spec, params, plain), inputs, targets)
         for params in (dequantized(INT8), FLOAT.params)
     )
     np.testing.assert_allclose(logits, rounded, rtol=1e-4, atol=1e-4)
