@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -332,6 +333,30 @@ def test_patterns_of_one_dataset_are_one_task(
     monkeypatch.setenv("ELM_JAX_P3_EXAMPLES", "many")
     with pytest.raises(ElmError, match="examples is 'many'"):
         find_tasks(["p3:cosmos_qa"])
+
+
+def test_prompt_experts_from_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`train --tasks p3:... --per prompt` plans an expert a prompt, from the rows it is told of."""
+    from elm_jax.cli import common
+    from elm_jax.cli.main import make_parser
+    from elm_jax.data.vocabulary import Vocabulary, train_vocabulary
+    from elm_jax.training.experts import TrainingOptions, make_plans
+
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    data = write(tmp_path, {"train": rows(40), "validation": rows(8)})
+    command = ["train", "--tasks", "p3:cosmos_qa/no_prompt_t*", "--store", "s", "--p3-data", data]
+    command += ["--p3-templates", str(tmp_path / "templates"), "--p3-examples", "7"]
+    args = make_parser().parse_args([*command, "--per", "prompt", "--p3-skip-broken"])
+    common.use_p3(args)
+    assert P3Source.from_environment() == source(tmp_path, examples=7, skip_broken=True)
+    texts = [f"context question answer {n}" for n in range(400)]
+    vocabulary = Vocabulary(train_vocabulary(texts, tmp_path / "pieces", 40))
+    options = TrainingOptions(per=args.per, epochs=3, batch_size=3)
+    [plan] = make_plans(args.tasks, vocabulary, options, seed=0)
+    assert plan.id == "cosmos_qa--no_prompt_text" and plan.train_steps == 7
+    assert len(plan.instances) == 7 and plan.instances[0]["answer_choices"][0] == "answer 0"
 
 
 def test_a_source_must_be_whole(monkeypatch: pytest.MonkeyPatch) -> None:
