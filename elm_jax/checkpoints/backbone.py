@@ -477,6 +477,19 @@ def cast_params(params: Tree, dtype: str) -> Tree:
     )
 
 
+def param_shapes(config: T5Config) -> Tree:
+    """Returns `backbone_shapes(config)`, in the time that it takes for one layer of each stack."""
+    if config.scan_layers:  # traces one layer as it is
+        return backbone_shapes(config)
+    tree = dict(backbone_shapes(config.replace(num_encoder_layers=1, num_decoder_layers=1)))
+    counts = {"encoder": config.num_encoder_layers, "decoder": config.num_decoder_layers}
+    for stack, count in counts.items():
+        parts = dict(tree[stack])
+        layer = parts.pop("layers_0")
+        tree[stack] = {**parts, **{f"layers_{i}": layer for i in range(count)}}
+    return tree
+
+
 def check_params(config: T5Config, params: Tree, where: object) -> None:
     """Checks that arrays are those of a config.
 
@@ -488,7 +501,7 @@ def check_params(config: T5Config, params: Tree, where: object) -> None:
     Raises:
       ElmError: naming a parameter path that is missing, unknown or of another shape or kind.
     """
-    check_shapes(str(where), params, backbone_shapes(config))
+    check_shapes(str(where), params, param_shapes(config))
     for path, array in flatten(params).items():
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise ElmError(f"{where}: {path!r} has dtype {array.dtype}, expected a floating one")

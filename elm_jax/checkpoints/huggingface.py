@@ -30,6 +30,7 @@ from elm_jax.checkpoints.backbone import (
     check_params,
     check_sizes,
     find_vocabulary,
+    param_shapes,
     stored_form,
     unflatten_names,
     write_vocabulary,
@@ -37,7 +38,6 @@ from elm_jax.checkpoints.backbone import (
 from elm_jax.checkpoints.loading import load_params
 from elm_jax.checkpoints.stored import StoredArray, open_safetensors, same_values
 from elm_jax.errors import ElmError, nearest
-from elm_jax.experts.apply import backbone_shapes
 from elm_jax.experts.files import new_folder, read_json, write_json
 from elm_jax.experts.tree import Tree, flatten, unflatten
 from elm_jax.models import T5Config
@@ -264,7 +264,7 @@ def params_from_hf(
                     f"tensor {copy} differs from {_EMBEDDING}, but the config ties them "
                     "(tie_word_embeddings)"
                 )
-    expected = flatten(backbone_shapes(config))
+    expected = flatten(param_shapes(config))
     arrays = {}
     for path, name in _names(config):
         if name not in left:

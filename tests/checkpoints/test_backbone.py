@@ -142,6 +142,15 @@ def test_the_embedded_backbone() -> None:
     assert tiny.vocabulary_path is not None and tiny.vocabulary_path.is_file()
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"relative_attention_per_layer": True}, {"scan_layers": True}, {"quantization": "int8"}],
+)
+def test_shapes_from_one_layer_are_those_of_all(changes: Any) -> None:
+    config = CONFIG.replace(num_encoder_layers=3, num_decoder_layers=2, **changes)
+    assert flatten(backbone.param_shapes(config)) == flatten(backbone_shapes(config))
+
+
 # Failures
 
 
