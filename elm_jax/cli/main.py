@@ -20,6 +20,7 @@ COMMANDS = (
     "merge",
     "evaluate",
     "report",
+    "compare",
     "tables",
     "export",
     "backbone",

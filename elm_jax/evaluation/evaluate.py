@@ -479,11 +479,12 @@ class Evaluator:
             )
 
         ranked = "rank_mean" if self.options.mean_log_prob else "rank"
+        total = score_of(range(len(values)))
         score = results.Score(
             task=unit.name,
             expert=expert,
             metric=self._metric(unit),
-            score=overall(unit, self.options, values, answers),
+            score=total,
             examples=len(values),
             scoring=ranked if unit.ranked else "generate",
             per_prompt={
@@ -493,6 +494,7 @@ class Evaluator:
             settings=self._settings(unit, expert),
             backbone=self.identity,
             seconds=round(seconds, 3),
+            values=_values_of(values, total),
         )
         results.write_score(self.output, score)
         self._scores[unit.name, expert] = score
@@ -549,13 +551,15 @@ class Evaluator:
             for i, answer in zip(rows, said, strict=True):
                 answers[i] = answer
         votes = {e: len(rows) for e, rows in sorted(by_expert.items(), key=lambda kv: -len(kv[1]))}
+        score = overall(unit, self.options, values.tolist(), answers)
         return results.Choice(
             task=unit.name,
             expert=next(iter(votes)),
-            score=overall(unit, self.options, values.tolist(), answers),
+            score=score,
             metric=self._metric(unit),
             votes=votes,
             queries=len(values),
+            values=_values_of(values.tolist(), score),
         )
 
     def _merged(self, unit: Unit, vote: Any, top: int) -> results.Choice:
@@ -567,14 +571,16 @@ class Evaluator:
         trees = [self._load(expert) for expert in shares]
         merged = merge_trees(trees, list(shares.values())) if len(trees) > 1 else trees[0]
         values, answers = self._values(unit, specs.pop(), merged)
+        score = overall(unit, self.options, values.tolist(), answers)
         return results.Choice(
             task=unit.name,
             expert=vote.expert,
-            score=overall(unit, self.options, values.tolist(), answers),
+            score=score,
             metric=self._metric(unit),
             votes=vote.votes,
             similarity=vote.similarity,
             queries=vote.queries,
+            values=_values_of(values.tolist(), score),
         )
 
     def _values(self, unit: Unit, spec: ExpertSpec, expert: Tree) -> tuple[np.ndarray, list[str]]:
@@ -633,6 +639,12 @@ class Evaluator:
             return ()
 
 
+def _values_of(values: Sequence[float], score: float) -> tuple[float, ...] | None:
+    """Returns the values to store with a score: those whose mean it is (BLEU's is not)."""
+    rounded = tuple(round(float(value), 6) for value in values)
+    return rounded if abs(sum(rounded) / len(rounded) - score) < 1e-5 else None
+
+
 def summarize_expert(info: ExpertInfo) -> results.ExpertSummary:
     """Returns what a report shows of an expert."""
     return results.ExpertSummary(
@@ -670,4 +682,5 @@ def summarize_unit(unit: Unit, metric: str, trained: set[str]) -> results.TaskSu
         group="seen" if unit.task in trained else "unseen",
         chance=chance,
         majority=majority,
+        parent=unit.task if unit.name != unit.task else None,
     )

@@ -404,6 +404,7 @@ def _sections(results: Results, made: Sequence[Table], date: str) -> list[tuple[
                 "gives it.",
                 *charts,
                 boxes["comparison"],
+                boxes.get("differences", ""),
             )
         )
     if "ranking" in boxes:

@@ -96,6 +96,15 @@ def _texts(value: Any, what: str) -> tuple[str, ...]:
     return tuple(_text(item, what) for item in value)
 
 
+def _values(values: Any, mean: float) -> tuple[float, ...] | None:
+    if values is None:
+        return None
+    found = tuple(_number(value, "values", high=1) for value in _plain(values, "values"))
+    if not found or abs(sum(found) / len(found) - mean) > 1e-4:
+        raise ElmError(f"values must have the score {mean:g} as their mean")
+    return found
+
+
 def _backbone(value: Any) -> dict[str, Any]:
     backbone = _mapping(value, "backbone")
     for key in ("name", "fingerprint"):
@@ -126,6 +135,7 @@ class Score:
       settings: what else decides the number; a stored score is reused only where these are equal.
       backbone: `{"name": ..., "fingerprint": ...}`.
       seconds: wall-clock time it took.
+      values: the metric of each example, whose mean `score` is; None where it is no mean (BLEU).
     """
 
     task: str
@@ -138,6 +148,7 @@ class Score:
     settings: Mapping[str, Any]
     backbone: Mapping[str, str]
     seconds: float = 0.0
+    values: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         prompts = {}
@@ -160,7 +171,10 @@ class Score:
             settings=_mapping(self.settings, "settings"),
             backbone=_backbone(self.backbone),
             seconds=_number(self.seconds, "seconds"),
+            values=_values(self.values, self.score),
         )
+        if self.values is not None and len(self.values) != self.examples:
+            raise ElmError(f"values are of {len(self.values)} examples, expected {self.examples}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +189,8 @@ class Choice:
       votes: for a retrieved expert, how many of the queries voted for each expert.
       similarity: for a retrieved expert, the mean inner product of the votes for each expert.
       queries: how many instances voted (Q, or fewer where the task has fewer).
+      values: the metric of each example, where this is no stored score of `expert`: its experts
+        were merged, or chosen for each example.
     """
 
     task: str
@@ -184,6 +200,7 @@ class Choice:
     votes: Mapping[str, int] | None = None
     similarity: Mapping[str, float] | None = None
     queries: int | None = None
+    values: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         votes, similarity, queries = self.votes, self.similarity, self.queries
@@ -210,6 +227,7 @@ class Choice:
             votes=votes,
             similarity=similarity,
             queries=queries,
+            values=_values(self.values, self.score),
         )
 
 
@@ -316,6 +334,7 @@ class TaskSummary:
       group: "unseen", "seen" or any other heading.
       chance: the score of guessing uniformly among the choices.
       majority: the score of always giving the commonest answer.
+      parent: the task whose prompt this is; None where it is a whole task.
     """
 
     name: str
@@ -325,6 +344,7 @@ class TaskSummary:
     group: str | None = None
     chance: float | None = None
     majority: float | None = None
+    parent: str | None = None
 
     def __post_init__(self) -> None:
         def optional(value: float | None, what: str) -> float | None:
@@ -339,6 +359,7 @@ class TaskSummary:
             group=None if self.group is None else _text(self.group, "group"),
             chance=optional(self.chance, "chance"),
             majority=optional(self.majority, "majority"),
+            parent=None if self.parent is None else _text(self.parent, "parent"),
         )
 
 

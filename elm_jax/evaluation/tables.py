@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import io
@@ -11,6 +12,8 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from elm_jax.errors import ElmError
+from elm_jax.evaluation.intervals import LEVEL, Difference, compare
 from elm_jax.evaluation.results import NONE, Results, Strategy, TaskSummary
 
 Value = str | int | float | None
@@ -348,6 +351,53 @@ def comparison(results: Results) -> Table | None:
     )
 
 
+def differences(found: Sequence[Difference], level: float = LEVEL, resample: str = "both") -> Table:
+    """Returns differences with their intervals; those that leave out zero are marked."""
+    percent = f"{100 * level:g}%"
+    columns = (
+        Column("Way"),
+        Column("Compared with"),
+        Column("Mean", "score"),
+        Column("Its mean", "score"),
+        Column("Difference", "gain"),
+        Column(f"{percent} from", "gain"),
+        Column("to", "gain"),
+        Column("Better on", "count"),
+        Column("Worse on", "count"),
+        Column("Tasks", "count"),
+    )
+    rows: list[tuple[Value, ...]] = [
+        (d.first, d.second, *d.means, d.difference, *d.interval, d.better, d.worse, d.tasks)
+        for d in found
+    ]
+    drawn = {"both": "tasks and examples", "tasks": "tasks", "examples": "examples"}[resample]
+    notes = [f"* the interval leaves out zero (paired bootstrap over {drawn})."]
+    left_out = sorted({task for d in found for task in d.left_out})
+    if left_out:
+        notes.append(f"Left out, as no values of examples are stored: {listing(left_out)}.")
+    best = frozenset((i, 4) for i, d in enumerate(found) if d.clear)
+    return Table(
+        "differences",
+        "Differences, and how far chance may have moved them",
+        columns,
+        tuple(rows),
+        best=best,
+        notes=tuple(notes),
+    )
+
+
+def _differences(results: Results) -> Table | None:
+    """Returns every strategy against the multitask expert, or without one the bare backbone."""
+    names = grid(results, results.targets)
+    base = next((name for name in ("multitask", NONE) if name in names), None)
+    found = []
+    for name in names:
+        if base is not None and name != base:
+            with contextlib.suppress(ElmError):  # without values there is nothing to draw
+                found.append(compare(results, name, base))
+    return differences(found) if found else None
+
+
 def ranking(results: Results) -> Table | None:
     """Returns the experts by their mean over the unseen tasks (ELM, Figure 1, as a table)."""
     means = expert_means(results)
@@ -562,7 +612,9 @@ def matrix(results: Results) -> Table | None:
 
 def all_tables(results: Results) -> list[Table]:
     """Returns every table that these results can fill."""
-    made = (f(results) for f in (comparison, ranking, retrieval, experts, tasks, matrix))
+    made = (
+        f(results) for f in (comparison, _differences, ranking, retrieval, experts, tasks, matrix)
+    )
     return [table for table in made if table is not None and table.rows]
 
 
