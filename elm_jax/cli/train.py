@@ -58,6 +58,19 @@ def add_parser(subparsers: Any) -> None:
         metavar="N",
         help="examples of one task that count at most in a multitask mixture",
     )
+    data.add_argument(
+        "--rehearsal",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="earlier tasks of which some examples are mixed in",
+    )
+    data.add_argument(
+        "--rehearsal-share", type=float, metavar="R", help="of each one's examples (0.01)"
+    )
+    data.add_argument(
+        "--rehearsal-examples", type=int, metavar="N", help="of each, in place of a share"
+    )
     data.add_argument("--answer-choices", choices=("given", "auto"), default="given")
     data.add_argument("--instances-per-expert", type=int, default=100, metavar="S")
     data.add_argument("--pack", action="store_true", help="put several examples in a row")
@@ -67,6 +80,9 @@ def add_parser(subparsers: Any) -> None:
     )
     common.add_p3(parser)
     run = parser.add_argument_group("training")
+    run.add_argument(
+        "--initial-expert", metavar="ID", help="go on from this expert of the store"
+    )
     run.add_argument("--steps", type=int, help="optimizer steps per expert (default: 5 epochs)")
     run.add_argument("--epochs", type=int, default=5)
     run.add_argument("--batch-size", type=int, default=32, help="per expert (%(default)s)")
@@ -137,6 +153,10 @@ def run_command(args: argparse.Namespace) -> int:
     options = TrainingOptions(
         per=args.per,
         multitask=args.multitask,
+        initial_expert=args.initial_expert,
+        rehearsal=tuple(args.rehearsal),
+        rehearsal_share=args.rehearsal_share,
+        rehearsal_examples=args.rehearsal_examples,
         train_steps=args.steps,
         epochs=args.epochs,
         batch_size=args.batch_size,

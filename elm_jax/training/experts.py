@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
 from elm_jax.checkpoints.backbone import Backbone, load_backbone
@@ -20,9 +21,9 @@ from elm_jax.data.examples import Example, TaskData, by_prompt, find_tasks, with
 from elm_jax.data.table import ExampleTable, tokenize
 from elm_jax.data.vocabulary import Vocabulary, load_vocabulary
 from elm_jax.errors import ElmError, nearest
-from elm_jax.experts.store import ExpertInfo, ExpertStore, check_id, expert_id
+from elm_jax.experts.store import ExpertInfo, ExpertStore, check_backbone, check_id, expert_id
 from elm_jax.experts.tree import flatten
-from elm_jax.models import ExpertSpec, get_spec
+from elm_jax.models import ExpertSpec, get_spec, spec_to_json
 from elm_jax.models.quantize import check_quantization
 from elm_jax.training import distributed
 from elm_jax.training.loop import Member, RunConfig, train_stack
@@ -33,6 +34,8 @@ MAX_LENGTHS = {"inputs": 512, "targets": 128}
 LENGTH_STEPS = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """Lengths are rounded up to one of these, so that few shapes are compiled."""
 UNITS = ("task", "prompt")
+REHEARSAL_SHARE = 0.01
+"""Of each earlier task's examples, as CT0 rehearses (Scialom et al. 2022, section 3)."""
 _WAYS_TO_RUN = ("dropout_rate", "dtype", "scan_layers", "remat", "attention")
 
 
@@ -46,6 +49,7 @@ class Plan:
       examples: its training examples, or none for a seqio task, whose table is all there is.
       stream: its batches.
       train_steps: its optimizer steps.
+      rehearsal: how many examples of each earlier task are among its own, by name.
     """
 
     id: str
@@ -54,6 +58,7 @@ class Plan:
     instances: tuple[Mapping[str, Any], ...]
     stream: BatchStream
     train_steps: int
+    rehearsal: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -74,6 +79,13 @@ class TrainingOptions:
       experts_per_step: X, experts trained in one compiled step.
       feature_lengths: {'inputs': T, 'targets': U}; None fits each expert's examples, at most
         `MAX_LENGTHS`.
+      initial_expert: id of an expert of the store that every expert starts from, in place of a
+        fresh one; of the same spec and backbone.
+      rehearsal: patterns of earlier tasks of which some examples are mixed in, so that they are not
+        forgotten (rehearsal of Scialom et al. 2022, the CT0 of Jang et al. 2023); they are drawn
+        among those that `max_examples` leaves, and depend on the seed and the task alone.
+      rehearsal_share: share of each rehearsed task's examples, `REHEARSAL_SHARE` by default.
+      rehearsal_examples: a number of each, in place of a share.
       max_examples: K, examples drawn per expert (per task for a multitask expert).
       mixing_maximum: examples of one task that count at most in a multitask expert's mixture.
       answer_choices: 'given', or 'auto' to take the targets of closed tasks as choices.
@@ -93,6 +105,10 @@ class TrainingOptions:
 
     per: str = "task"
     multitask: str | None = None
+    initial_expert: str | None = None
+    rehearsal: Sequence[str] = ()
+    rehearsal_share: float | None = None
+    rehearsal_examples: int | None = None
     train_steps: int | None = None
     epochs: int = 5
     batch_size: int = 32
@@ -117,10 +133,11 @@ class TrainingOptions:
         for name in ("epochs", "batch_size", "experts_per_step", "instances_per_expert"):
             if getattr(self, name) < 1:
                 raise ElmError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("train_steps", "max_examples", "mixing_maximum"):
+        for name in ("train_steps", "max_examples", "mixing_maximum", "rehearsal_examples"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ElmError(f"{name} must be at least 1, got {value}")
+        self._check_rehearsal()
         if self.quantize is not None:
             check_quantization(self.quantize)
         if self.shard is not None:
@@ -134,6 +151,28 @@ class TrainingOptions:
                 raise ElmError(f"unknown feature {key!r}{nearest(key, MAX_LENGTHS)}")
             if length < 2:
                 raise ElmError(f"feature length of {key!r} must be at least 2, got {length}")
+
+    def _check_rehearsal(self) -> None:
+        if isinstance(self.rehearsal, str):
+            raise ElmError(f"rehearsal must be a list of patterns, got {self.rehearsal!r}")
+        share, count = self.rehearsal_share, self.rehearsal_examples
+        if share is not None and not 0 < share <= 1:
+            raise ElmError(f"rehearsal_share must be above 0 and at most 1, got {share}")
+        if share is not None and count is not None:
+            raise ElmError("rehearsal_share and rehearsal_examples exclude each other")
+        if not self.rehearsal and (share, count) != (None, None):
+            raise ElmError("rehearsal_share and rehearsal_examples need rehearsal, the tasks")
+
+    def rehearsed(self, count: int) -> int:
+        """Returns how many of `count` examples of an earlier task are mixed in, at least one.
+
+        >>> TrainingOptions(rehearsal=("tasks/*",)).rehearsed(5000)
+        50
+        """
+        if self.rehearsal_examples is not None:
+            return min(count, self.rehearsal_examples)
+        share = REHEARSAL_SHARE if self.rehearsal_share is None else self.rehearsal_share
+        return max(1, round(share * count))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +193,7 @@ class Progress:
         this id that was trained with other settings; nothing will overwrite it).
       step: optimizer steps done, of its newest checkpoint.
       train_steps: all of them.
-      note: what differs, or empty.
+      note: what differs, what is waited for, or empty.
       metrics: of a trained expert.
     """
 
@@ -176,6 +215,8 @@ class _Prepared:
     plans: list[Plan]
     settings: dict[str, dict[str, Any]]
     groups: list[list[Plan]]
+    store: ExpertStore | None
+    initial: ExpertInfo | None
 
     @property
     def identity(self) -> dict[str, str]:
@@ -190,6 +231,7 @@ class _Prepared:
 def _prepare(
     backbone: Backbone | str | Path,
     tasks: Sequence[str],
+    store: str | Path,
     expert: ExpertSpec | str,
     options: TrainingOptions | None,
     run: RunConfig | None,
@@ -206,6 +248,8 @@ def _prepare(
     if options.quantize is not None:
         backbone = quantize_backbone(backbone, options.quantize)
     config = backbone.config
+    there = ExpertStore(store) if epath.Path(store).exists() else None
+    start, initial = _start_of(options.initial_expert, there, spec, backbone)
     plans = make_plans(tasks, backbone_vocabulary(backbone, vocabulary), options, run.seed)
     settings = {
         plan.id: _settings(plan, dataclasses.replace(run, train_steps=plan.train_steps))
@@ -214,10 +258,34 @@ def _prepare(
             "dtype": config.dtype,
             "quantization": config.quantization,
         }
+        | start
         for plan in plans
     }
     groups = _stacks(plans, options.experts_per_step)
-    return _Prepared(backbone, spec, run, plans, settings, groups)
+    return _Prepared(backbone, spec, run, plans, settings, groups, there, initial)
+
+
+def _start_of(
+    name: str | None, store: ExpertStore | None, spec: ExpertSpec, backbone: Backbone
+) -> tuple[dict[str, str], ExpertInfo | None]:
+    """Returns what the settings say of the initial expert, and its info where it is there.
+
+    Raises:
+      ElmError: if it is of another spec or backbone.
+    """
+    if name is None:
+        return {}, None
+    check_id(name)
+    if store is None or name not in store:
+        return {"initial_expert": name}, None
+    info = store.info(name)
+    check_backbone(info, {"name": backbone.name, "fingerprint": backbone.fingerprint})
+    if info.spec != spec:
+        raise ElmError(
+            f"initial expert {name!r} is {spec_to_json(info.spec)}, the experts to be trained are "
+            f"{spec_to_json(spec)}; they must be of one spec"
+        )
+    return {"initial_expert": name, "initial_checksum": info.checksum}, info
 
 
 def training_progress(
@@ -234,8 +302,11 @@ def training_progress(
 
     Args and errors are those of `train_experts`; a store that is not there yet is an empty one.
     """
-    prepared = _prepare(backbone, tasks, expert, options, run, vocabulary)
-    found = ExpertStore(store) if Path(store).exists() else None
+    prepared = _prepare(backbone, tasks, store, expert, options, run, vocabulary)
+    found = prepared.store
+    waits = ""
+    if options is not None and options.initial_expert is not None and prepared.initial is None:
+        waits = f"starts from {options.initial_expert!r}, which is not in the store yet"
     order = {plan.id: i for i, plan in enumerate(prepared.plans)}
     out = []
     for group in prepared.groups:
@@ -246,12 +317,12 @@ def training_progress(
             step = max((int(name) for name in names if name.isdigit()), default=0)
         for plan in group:
             settings = prepared.settings[plan.id]
-            status, note, metrics = "begun" if step else "to do", "", {}
+            status, note, metrics = "begun" if step else "to do", waits, {}
             try:
                 if found is not None and _is_there(
                     found, plan.id, settings, prepared.spec, prepared.identity
                 ):
-                    status, metrics = "done", dict(found.info(plan.id).metrics)
+                    status, note, metrics = "done", "", dict(found.info(plan.id).metrics)
             except ElmError as error:
                 status, note = "differs", str(error)
             at = plan.train_steps if status == "done" else 0 if status == "differs" else step
@@ -279,7 +350,9 @@ def train_experts(
     """Trains one expert per task (or per prompt) and adds each to a store.
 
     An expert that is in the store with the same settings is left as it is; a run that was killed
-    resumes from its last checkpoint. Experts of one shape are stacked, X to a compiled step.
+    resumes from its last checkpoint. Experts of one shape are stacked, X to a compiled step. With
+    `options.initial_expert` they go on from an expert of the store, with `options.rehearsal` on
+    some examples of earlier tasks, too.
 
     Args:
       backbone: a backbone, its name, or its folder.
@@ -297,15 +370,19 @@ def train_experts(
       One outcome per expert, in the order of the tasks.
 
     Raises:
-      ElmError: for bad data or settings, or an expert that is there with other settings.
+      ElmError: for bad data or settings, an expert that is there with other settings, or an
+        initial expert that the store lacks or that does not fit.
       TrainingDiverged: if a loss stops being finite.
     """
-    prepared = _prepare(backbone, tasks, expert, options, run, vocabulary)
+    prepared = _prepare(backbone, tasks, store, expert, options, run, vocabulary)
     backbone, spec, run = prepared.backbone, prepared.spec, prepared.run
     config, plans, settings = backbone.config, prepared.plans, prepared.settings
     identity = prepared.identity
     expert_store = ExpertStore(store, create=True)
     there = {p.id for p in plans if _is_there(expert_store, p.id, settings[p.id], spec, identity)}
+    initial = None
+    if options is not None and options.initial_expert is not None and len(there) < len(plans):
+        _, initial = expert_store.load(options.initial_expert)
     mesh = mesh or make_mesh()
     groups = prepared.groups
     for group in groups:  # the last one may be smaller: better refused now than after the others
@@ -336,6 +413,7 @@ def train_experts(
                 [Member(plan.id, plan.stream) for plan in group],
                 dataclasses.replace(run, train_steps=steps),
                 folder=folder,
+                initial=initial,
                 mesh=mesh,
                 rules=rules,
                 progress=progress,
@@ -397,19 +475,11 @@ def make_plans(
     """
     if options.multitask is not None:
         check_id(options.multitask)
-    named = [pattern for pattern in patterns if not pattern.startswith("seqio:")]
-    tasks = find_tasks(named) if named else []
-    units = [u for t in tasks for u in (by_prompt(t).values() if options.per == "prompt" else [t])]
-    trainable = [unit for unit in units if "train" in unit.splits]
-    untrained = [unit.name for unit in units if "train" not in unit.splits]
-    if untrained:
-        raise ElmError(f"task {untrained[0]!r} has no train split to train an expert on")
-    makers = [functools.partial(_from_task, unit) for unit in trainable]
-    makers += [
-        functools.partial(_from_seqio, pattern.removeprefix("seqio:"))
-        for pattern in patterns
-        if pattern.startswith("seqio:")
-    ]
+    named = _makers(patterns, options, "train an expert on")
+    earlier = _makers(options.rehearsal, options, "rehearse") if options.rehearsal else {}
+    if both := sorted(named.keys() & earlier.keys()):
+        raise ElmError(f"task {both[0]!r} is both trained on and rehearsed; name it once")
+    makers = list(named.values())
     if options.shard is not None:
         index, count = options.shard
         block = options.experts_per_step
@@ -421,7 +491,29 @@ def make_plans(
     for name in ids:
         if ids.count(name) > 1:
             raise ElmError(f"two experts would get the id {name!r}; rename one of their tasks")
-    return [source.plan(options, seed) for source in sources]
+    rehearsal = [
+        make(vocabulary, options, seed, rehearsed=True) for make in earlier.values() if sources
+    ]
+    return [source.plan(options, seed, rehearsal) for source in sources]
+
+
+def _makers(
+    patterns: Sequence[str], options: TrainingOptions, purpose: str
+) -> dict[str, Callable[..., _Source]]:
+    """Returns what reads the data of each unit that the patterns name, by the unit's name."""
+    named = [pattern for pattern in patterns if not pattern.startswith("seqio:")]
+    tasks = find_tasks(named) if named else []
+    units = [u for t in tasks for u in (by_prompt(t).values() if options.per == "prompt" else [t])]
+    for unit in units:
+        if "train" not in unit.splits:
+            raise ElmError(f"task {unit.name!r} has no train split to {purpose}")
+    makers: dict[str, Callable[..., _Source]] = {
+        unit.name: functools.partial(_from_task, unit) for unit in units
+    }
+    for pattern in patterns:
+        if pattern.startswith("seqio:"):
+            makers[pattern] = functools.partial(_from_seqio, pattern.removeprefix("seqio:"))
+    return makers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -445,12 +537,13 @@ class _Source:
             tuple(table for source in sources for table in source.tables),
         )
 
-    def plan(self, options: TrainingOptions, seed: int) -> Plan:
-        inputs, targets = _lengths(self.tables, options.feature_lengths)
-        sizes = [len(table) for table in self.tables]
+    def plan(self, options: TrainingOptions, seed: int, rehearsal: Sequence[_Source] = ()) -> Plan:
+        tables = (*self.tables, *(table for source in rehearsal for table in source.tables))
+        inputs, targets = _lengths(tables, options.feature_lengths)
+        sizes = [len(table) for table in tables]
         maximum = options.mixing_maximum
         stream = BatchStream(
-            self.tables,
+            tables,
             batch_size=options.batch_size,
             inputs_length=inputs,
             targets_length=targets,
@@ -462,18 +555,30 @@ class _Source:
         steps = options.train_steps
         if steps is None:
             steps = max(1, -(-options.epochs * sum(sizes) // options.batch_size))
-        return Plan(self.id, self.tasks, self.prompts, self.instances, stream, steps)
+        of_tasks = [(source.tasks[0], len(source.tables[0])) for source in rehearsal]
+        return Plan(
+            self.id,
+            tuple(dict.fromkeys((*self.tasks, *(task for task, _ in of_tasks)))),
+            tuple(dict.fromkeys((*self.prompts, *(p for s in rehearsal for p in s.prompts)))),
+            self.instances,
+            stream,
+            steps,
+            {task: sum(n for t, n in of_tasks if t == task) for task, _ in of_tasks},
+        )
 
 
 def _from_task(
-    unit: TaskData, vocabulary: Vocabulary, options: TrainingOptions, seed: int
+    unit: TaskData,
+    vocabulary: Vocabulary,
+    options: TrainingOptions,
+    seed: int,
+    rehearsed: bool = False,
 ) -> _Source:
     task, _, prompt = unit.name.partition("/")
     name = expert_id(task, prompt or None)
     examples: Sequence[Example] = with_answer_choices(unit.split("train"), options.answer_choices)
-    if options.max_examples is not None and len(examples) > options.max_examples:
-        chosen = _draw(len(examples), options.max_examples, seed, unit.name)
-        examples = [examples[i] for i in sorted(chosen)]
+    chosen = _choose(len(examples), unit.name, options, seed, rehearsed)
+    examples = [examples[i] for i in chosen]
     lengths = {**MAX_LENGTHS, **(options.feature_lengths or {})}
     table = tokenize(
         examples,
@@ -496,7 +601,13 @@ def _from_task(
     return _Source(name, (task,), prompts, instances, (table,))
 
 
-def _from_seqio(name: str, vocabulary: Vocabulary, options: TrainingOptions, seed: int) -> _Source:
+def _from_seqio(
+    name: str,
+    vocabulary: Vocabulary,
+    options: TrainingOptions,
+    seed: int,
+    rehearsed: bool = False,
+) -> _Source:
     import seqio
 
     from elm_jax.data.tasks import seqio_table
@@ -512,8 +623,8 @@ def _from_seqio(name: str, vocabulary: Vocabulary, options: TrainingOptions, see
             f"seqio's {name!r} has id {largest}, but {vocabulary.path} ends at "
             f"{vocabulary.vocab_size - 1}; register it with the backbone's vocabulary"
         )
-    if options.max_examples is not None and len(table) > options.max_examples:
-        chosen = sorted(_draw(len(table), options.max_examples, seed, name))
+    chosen = _choose(len(table), name, options, seed, rehearsed)
+    if len(chosen) < len(table):
         table = ExampleTable.from_ids(*zip(*(table.example(i) for i in chosen), strict=True))
     identifier = expert_id(name)
     instances = tuple(
@@ -528,6 +639,22 @@ def _from_seqio(name: str, vocabulary: Vocabulary, options: TrainingOptions, see
         for i in _draw(len(table), options.instances_per_expert, seed, identifier)
     )
     return _Source(identifier, (name,), ("default",), instances, (table,))
+
+
+def _choose(
+    count: int, name: str, options: TrainingOptions, seed: int, rehearsed: bool
+) -> list[int]:
+    """Returns which of a unit's examples are trained on: all, or K drawn; of an earlier task few.
+
+    Those of an earlier task are among the ones that it was itself trained on with this seed.
+    """
+    chosen = list(range(count))
+    if options.max_examples is not None and count > options.max_examples:
+        chosen = sorted(_draw(count, options.max_examples, seed, name))
+    if rehearsed:
+        few = _draw(len(chosen), options.rehearsed(len(chosen)), seed, f"rehearsal of {name}")
+        chosen = sorted(chosen[i] for i in few)
+    return chosen
 
 
 def _listed(choices: Iterable[str] | None) -> list[str] | None:
@@ -570,7 +697,10 @@ def _stacks(plans: Sequence[Plan], width: int) -> list[list[Plan]]:
 
 def _settings(plan: Plan, run: RunConfig) -> dict[str, Any]:
     """Returns what decides an expert's arrays; a store refuses to mix two of these under one id."""
-    return json.loads(json.dumps(run.identity() | {"data": dict(plan.stream.state())}))
+    data = dict(plan.stream.state())
+    if plan.rehearsal:
+        data["rehearsal"] = dict(plan.rehearsal)
+    return json.loads(json.dumps(run.identity() | {"data": data}))
 
 
 def _is_there(
@@ -585,6 +715,7 @@ def _is_there(
     info = store.info(name)
     found = flatten({**info.settings, "spec": info.spec, "backbone": dict(info.backbone)})
     wanted = flatten({**settings, "spec": spec, "backbone": dict(backbone)})
+    wanted.setdefault("initial_expert", None)
     for key in sorted(wanted, key=lambda key: key.count("/")):  # the user's own settings first
         if found.get(key) != wanted[key]:
             raise ElmError(

@@ -14,7 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from elm_jax.errors import ElmError, nearest
+from elm_jax.experts.store import ExpertStore
 from elm_jax.models import ExpertSpec, get_spec
 from elm_jax.training.experts import (
     Outcome,
@@ -188,13 +191,17 @@ def _parse_run(data: Mapping[str, Any], where: str) -> FleetRun:
 
 def _shards(fleet: Fleet, shard: tuple[int, int] | None) -> Iterator[FleetRun]:
     """Yields the runs that a shard takes part in, with their part of the experts."""
+    homes: dict[str, int] = {}  # of the multitask experts: each one expert, which cannot be split
     for i, run in enumerate(fleet.runs):
         if shard is None:
             yield run
         elif run.options.multitask is None:
             yield dataclasses.replace(run, options=dataclasses.replace(run.options, shard=shard))
-        elif i % shard[1] == shard[0]:  # one expert, which cannot be split
-            yield run
+        else:  # one that starts from another goes where that one is trained
+            home = homes.get(run.options.initial_expert or "", i % shard[1])
+            homes[run.options.multitask] = home
+            if home == shard[0]:
+                yield run
 
 
 def train_fleet(
@@ -212,13 +219,23 @@ def train_fleet(
 
     Raises:
       ElmError: as `train_experts`; all experts are checked against the store before the first step,
-        so that settings that differ stop the fleet before it starts.
+        so that settings that differ, or an initial expert that no earlier run trains, stop the
+        fleet before it starts.
     """
     runs = list(_shards(fleet, shard))
+    known = set(ExpertStore(fleet.store).ids()) if epath.Path(fleet.store).exists() else set()
     for run in runs:
-        for expert in _progress(fleet, run):
+        experts = _progress(fleet, run)
+        for expert in experts:
             if expert.status == "differs":
                 raise ElmError(f"run {run.name!r}: {expert.note}")
+        start = run.options.initial_expert
+        if start is not None and start not in known and any(e.status != "done" for e in experts):
+            raise ElmError(
+                f"run {run.name!r}: initial_expert {start!r} is neither in {fleet.store} nor "
+                f"trained by a run before it{nearest(start, known)}"
+            )
+        known |= {expert.id for expert in experts}
     return {
         run.name: train_experts(
             fleet.backbone,

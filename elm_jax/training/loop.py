@@ -20,14 +20,14 @@ from etils import epath
 from jax.sharding import Mesh
 
 from elm_jax.errors import ElmError, TrainingDiverged
-from elm_jax.experts.apply import backbone_shapes
-from elm_jax.experts.tree import Tree, check_shapes, unstack
+from elm_jax.experts.apply import backbone_shapes, check_expert
+from elm_jax.experts.tree import Tree, check_shapes, checksum, unstack
 from elm_jax.models import ExpertSpec, T5Config
-from elm_jax.models.scan import to_storage
+from elm_jax.models.scan import from_storage, to_storage
 from elm_jax.training import distributed, sharding
 from elm_jax.training.metrics import MetricsWriter
 from elm_jax.training.optimizers import OptimizerSpec
-from elm_jax.training.program import build_program, runs_one_by_one
+from elm_jax.training.program import Program, build_program, runs_one_by_one
 from elm_jax.training.sharding import RULES, LogicalRules
 from elm_jax.training.step import LossSpec, TrainState
 
@@ -112,6 +112,7 @@ def train_stack(
     run: RunConfig,
     *,
     folder: str | Path,
+    initial: Tree | None = None,
     mesh: Mesh | None = None,
     rules: LogicalRules = RULES,
     progress: Progress | None = None,
@@ -126,6 +127,7 @@ def train_stack(
       members: X experts; their batches must have one shape.
       run: how to train.
       folder: the run's folder, for checkpoints and metrics; a run that is there is resumed.
+      initial: the arrays that every member starts from, as a store holds them; fresh by default.
       mesh: where to run; all devices, data parallel, by default.
       rules: logical axis -> mesh axes, for every array.
       progress: called with the step and run-wide metrics after each record.
@@ -134,7 +136,7 @@ def train_stack(
       The trained experts in the order of `members`.
 
     Raises:
-      ElmError: if the folder holds a run with other settings or data.
+      ElmError: if the folder holds a run with other settings or data, or `initial` does not fit.
       TrainingDiverged: if a loss or gradient is not finite; the last good checkpoint stays.
       Preempted: if the run was asked to stop (see `distributed`); a checkpoint is written.
     """
@@ -169,6 +171,10 @@ def train_stack(
         "spec": str(spec),
         "members": {m.id: dict(m.stream.state()) for m in members},
     }
+    if initial is not None:
+        identity["initial"] = checksum(initial)
+        initial = from_storage(initial, config)
+        check_expert("the initial expert", config, spec, initial)
     options = ocp.CheckpointManagerOptions(max_to_keep=run.keep, create=True)
     with (
         distributed.only_run(run_folder),
@@ -176,7 +182,9 @@ def train_stack(
         ocp.CheckpointManager(run_folder / "checkpoints", options=options) as manager,
     ):
         state = _restore(manager, program.shapes, program.state, identity, run_folder)
-        if state is None:
+        if state is None and initial is not None:
+            state = program.jit_state_from()(_stacked(initial, len(members), program))
+        elif state is None:
             state = program.jit_initial_state()(keys)
         start = int(state.step)
         writer.resume(start)
@@ -206,6 +214,14 @@ def train_stack(
         TrainedExpert(m.id, to_storage(unstack(trained, i), config), writer.history(m.id))
         for i, m in enumerate(members)
     ]
+
+
+def _stacked(expert: Tree, count: int, program: Program) -> Tree:
+    """Lays `count` copies of one expert out as the state has them."""
+    copies = jax.tree.map(
+        lambda x: np.broadcast_to(np.asarray(x, np.float32), (count, *np.shape(x))), expert
+    )
+    return distributed.put(copies, program.state.expert)
 
 
 def _batches(
@@ -299,7 +315,8 @@ def _restore(
         return None
     found = manager.restore(step, args=ocp.args.Composite(identity=ocp.args.JsonRestore()))
     wanted = json.loads(json.dumps(identity))
-    different = [k for k in wanted if found["identity"].get(k) != wanted[k]]
+    stored = found["identity"]
+    different = [k for k in {**stored, **wanted} if stored.get(k) != wanted.get(k)]
     if different:
         raise ElmError(
             f"{folder} holds a run that differs in {', '.join(different)}; "

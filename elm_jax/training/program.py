@@ -30,7 +30,8 @@ class Program:
     """The functions of a run and the layout of what they take and give.
 
     Attributes:
-      initial_state: keys [X] -> TrainState.
+      initial_state: keys [X] -> TrainState, of fresh experts.
+      state_from: stacked experts -> TrainState, of an optimizer that has seen nothing.
       step: (state, backbone, keys [X], batch of [X, B, ...]) -> (state, metrics).
       shapes: the state's ShapeDtypeStructs.
       state: the state's shardings.
@@ -40,6 +41,7 @@ class Program:
     """
 
     initial_state: Callable[[jax.Array], TrainState]
+    state_from: Callable[[Tree], TrainState]
     step: Callable[..., Any]
     shapes: TrainState
     state: TrainState
@@ -50,6 +52,15 @@ class Program:
     def jit_initial_state(self) -> Callable[[jax.Array], TrainState]:
         """Returns the compiled initial state, laid out."""
         return jax.jit(self.initial_state, out_shardings=self.state)
+
+    def jit_state_from(self) -> Callable[[Tree], TrainState]:
+        """Returns the compiled state of given experts; it takes their memory for the state."""
+        return jax.jit(
+            self.state_from,
+            donate_argnums=0,
+            in_shardings=(self.state.expert,),
+            out_shardings=self.state,
+        )
 
     def jit_step(self) -> Any:
         """Returns the compiled step; it takes the state's memory for the new state."""
@@ -92,7 +103,7 @@ def build_program(
       ElmError: for an array that no rule covers, or a size that the mesh does not divide.
     """
     sharding.check_work(mesh, experts, rules=rules)
-    initial_state, step = _functions(
+    initial_state, state_from, step = _functions(
         config,
         spec,
         optimizer or OptimizerSpec(),
@@ -114,7 +125,7 @@ def build_program(
     )
     keys = sharding.stack_sharding(mesh, rules)
     batch = sharding.batch_sharding(mesh, rules)
-    return Program(initial_state, step, shapes, state, backbone, keys, batch)
+    return Program(initial_state, state_from, step, shapes, state, backbone, keys, batch)
 
 
 @functools.lru_cache(maxsize=32)
@@ -126,13 +137,15 @@ def _functions(
     loss: LossSpec,
     accumulation: int,
     one_by_one: bool,
-) -> tuple[Callable[[jax.Array], TrainState], Callable[..., Any]]:
-    """Builds the initial state and the step, kept so that runs alike compile them once."""
+) -> tuple[Callable[[jax.Array], TrainState], Callable[[Tree], TrainState], Callable[..., Any]]:
+    """Builds the initial states and the step, kept so that runs alike compile them once."""
     optimizer = make_optimizer(optimizer_spec, train_steps)
 
-    def initial_state(keys: jax.Array) -> TrainState:
-        expert = jax.vmap(lambda key: init_expert(config, spec, key))(keys)
+    def state_from(expert: Tree) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), expert, jax.vmap(optimizer.init)(expert))
+
+    def initial_state(keys: jax.Array) -> TrainState:
+        return state_from(jax.vmap(lambda key: init_expert(config, spec, key))(keys))
 
     step = make_train_step(
         T5(config, spec),
@@ -142,7 +155,7 @@ def _functions(
         accumulation=accumulation,
         one_by_one=one_by_one,
     )
-    return initial_state, step
+    return initial_state, state_from, step
 
 
 def runs_one_by_one(mesh: Mesh, rules: LogicalRules = RULES) -> bool:
