@@ -80,9 +80,7 @@ def add_parser(subparsers: Any) -> None:
     )
     common.add_p3(parser)
     run = parser.add_argument_group("training")
-    run.add_argument(
-        "--initial-expert", metavar="ID", help="go on from this expert of the store"
-    )
+    run.add_argument("--initial-expert", metavar="ID", help="go on from this expert of the store")
     run.add_argument("--steps", type=int, help="optimizer steps per expert (default: 5 epochs)")
     run.add_argument("--epochs", type=int, default=5)
     run.add_argument("--batch-size", type=int, default=32, help="per expert (%(default)s)")
