@@ -36,6 +36,9 @@ from elm_jax.training import OptimizerSpec, TrainState, make_optimizer, make_tra
 
 SIZES = {
     "tiny": (T5Config(1000, 64, 4, 16, 128, 2, 2), {"batch": 32, "inputs": 64, "targets": 16}),
+    "mini": (
+        T5Config(32_128, 256, 4, 64, 512, 4, 4), {"batch": 8, "inputs": 64, "targets": 16},
+    ),
     "small": (
         T5Config(32_128, 512, 6, 64, 1024, 8, 8), {"batch": 8, "inputs": 128, "targets": 32},
     ),

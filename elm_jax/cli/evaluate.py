@@ -41,7 +41,8 @@ def add_parser(subparsers: Any) -> None:
         nargs="+",
         default=["none"],
         metavar="WITH",
-        help="none, all, oracle, retrieved, random, or the id of an expert; several at once. "
+        help="none, all, oracle, own (each task the expert called like it), retrieved, random, or "
+        "the id of an expert; several at once. "
         "Variants of retrieval: retrieved:OPTION,OPTION with weighted (votes by similarity), "
         "first (ties as the published code), instance (each its own expert), topK (the K experts "
         "with most votes, merged), queries=Q, rows (the first Q vote), library=NAME",
@@ -102,7 +103,13 @@ def add_parser(subparsers: Any) -> None:
 
 def _add_generation(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group(
-        "generation", "of tasks without answer choices; greedy unless an option says otherwise"
+        "generation", "of tasks without answer choices; greedy unless a suite or option says other"
+    )
+    how.add_argument(
+        "--decoding",
+        metavar="NAME",
+        help="greedy, or appendix_c (the paper's of compositional5, whose default it is: tokens "
+        "drawn with top-p 0.95, no bigram twice); the options below change it",
     )
     how.add_argument("--max-new-tokens", type=int, metavar="U", help="(--max-targets-length)")
     how.add_argument("--min-new-tokens", type=int, metavar="U")
@@ -116,9 +123,9 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--no-repeat-ngram-size", type=int, metavar="N")
 
 
-def generation_config(args: argparse.Namespace) -> Any:
-    """Returns what the options of generation say, or None where there are none."""
-    from elm_jax.decoding import GenerationConfig
+def generation_config(args: argparse.Namespace, default: str = "greedy") -> Any:
+    """Returns what the options of generation say, or None where text is greedily generated."""
+    from elm_jax.decoding import get_decoding
 
     names = (
         "max_new_tokens",
@@ -133,12 +140,13 @@ def generation_config(args: argparse.Namespace) -> Any:
         "no_repeat_ngram_size",
     )
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if not given:
+    decoding = args.decoding or default
+    if not given and decoding == "greedy":
         return None
     if "early_stopping" in given:
         word = given["early_stopping"]
         given["early_stopping"] = word if word == "never" else word == "true"
-    return GenerationConfig(**{"max_new_tokens": args.max_targets_length} | given)
+    return get_decoding(decoding, **{"max_new_tokens": args.max_targets_length} | given)
 
 
 class _Libraries:
@@ -280,7 +288,7 @@ def run(args: argparse.Namespace) -> int:
         max_examples=args.max_examples,
         queries=args.queries,
         seed=args.seed,
-        generation=generation_config(args),
+        generation=generation_config(args, suite.decoding if suite else "greedy"),
     )
     store = ExpertStore(args.store) if args.store else None
     if store is None and args.with_ != ["none"]:

@@ -3,7 +3,7 @@
 `rank` stays in `elm_jax.decoding.rank`, whose name it would hide here.
 """
 
-from elm_jax.decoding.config import GenerationConfig
+from elm_jax.decoding.config import DECODINGS, GenerationConfig, get_decoding
 from elm_jax.decoding.generation import generate, stacked_generate
 from elm_jax.decoding.greedy import greedy_decode
 from elm_jax.decoding.mixed import (
@@ -22,12 +22,14 @@ from elm_jax.decoding.rank import (
 from elm_jax.decoding.search import Generated
 
 __all__ = [
+    "DECODINGS",
     "ChoiceTree",
     "Generated",
     "GenerationConfig",
     "choice_lengths",
     "choice_log_probs",
     "generate",
+    "get_decoding",
     "greedy_decode",
     "mixed_choice_log_probs",
     "mixed_generate",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from elm_jax.errors import ElmError
+from elm_jax.errors import ElmError, nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,3 +111,28 @@ def _is_int(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return (_is_int(value) or isinstance(value, float)) and math.isfinite(value)
+
+
+DECODINGS: Mapping[str, GenerationConfig] = {
+    "greedy": GenerationConfig(),
+    # Jang et al. 2023, Appendix C, compositional tasks. It also lists a temperature of 1 and early
+    # stopping, which change nothing where tokens are drawn, and no number of beams.
+    "appendix_c": GenerationConfig(do_sample=True, top_p=0.95, no_repeat_ngram_size=2),
+}
+"""Ways to generate text, by name."""
+
+
+def get_decoding(name: str, **changes: Any) -> GenerationConfig:
+    """Returns a way to generate text by name, with some of its options changed.
+
+    Raises:
+      ElmError: for an unknown name, with the nearest; or options that do not go together.
+
+    >>> get_decoding('appendix_c', max_new_tokens=64).top_p
+    0.95
+    """
+    if name not in DECODINGS:
+        raise ElmError(
+            f"no decoding {name!r}{nearest(name, DECODINGS)}; there are {', '.join(DECODINGS)}"
+        )
+    return dataclasses.replace(DECODINGS[name], **changes)

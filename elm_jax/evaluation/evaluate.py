@@ -35,11 +35,12 @@ from elm_jax.errors import ElmError, nearest
 from elm_jax.evaluation import metrics, results
 from elm_jax.evaluation.retrieval import RETRIEVED, RetrievalSpec, is_retrieval
 from elm_jax.experts import ExpertInfo, ExpertStore, check_backbone, merge_trees, stack
+from elm_jax.experts.store import expert_id
 from elm_jax.experts.tree import Tree
 from elm_jax.models import T5, ExpertSpec
 from elm_jax.models.scan import from_storage
 
-WITH = ("none", "all", "oracle", RETRIEVED, "random")
+WITH = ("none", "all", "oracle", "own", RETRIEVED, "random")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,9 +330,9 @@ class Evaluator:
         """Scores what a strategy needs, and stores the strategy.
 
         Args:
-          with_: 'none', 'all' (every expert on every task; no strategy by itself), 'oracle',
-            'retrieved' (or a variant, 'retrieved:OPTION,...', see `RetrievalSpec`), 'random', or
-            the id of an expert.
+          with_: 'none', 'all' (every expert on every task; no strategy by itself), 'oracle', 'own'
+            (each task the expert that is called like it), 'retrieved' (or a variant,
+            'retrieved:OPTION,...', see `RetrievalSpec`), 'random', or the id of an expert.
           library: an expert library, for a retrieval.
           embedder: the library's embedder, for a retrieval.
 
@@ -356,6 +357,8 @@ class Evaluator:
                 scores = [self._scores[unit.name, expert].score for expert in pool]
                 best[unit.name] = pool[int(np.argmax(scores))]  # the first of equals
             return self._finish("oracle", best)
+        if with_ == "own":
+            return self._finish("own", self._own())
         if with_ == "random":
             rng = np.random.default_rng(self.options.seed)
             pool = self.candidates()
@@ -378,12 +381,33 @@ class Evaluator:
             elif with_ not in WITH and with_ not in self.infos:
                 hint = nearest(with_, [*WITH, *self.infos])
                 raise ElmError(f"--with {with_!r} is neither a strategy nor an expert{hint}")
-            if with_ not in ("none", *self.infos) and not self.candidates():
+            if with_ == "own":
+                self._own()
+            elif with_ not in ("none", *self.infos) and not self.candidates():
                 raise ElmError(f"--with {with_} needs a store with experts of single tasks")
 
     def candidates(self) -> list[str]:
         """Returns the ids a task may be given: experts of single tasks, not merged ones."""
         return [i.id for i in self.infos.values() if not i.multitask and i.merged_from is None]
+
+    def _own(self) -> dict[str, str]:
+        """Returns for each unit the expert of its name: of its prompt if there is one, or its task.
+
+        Raises:
+          ElmError: for a unit without one, with the nearest id.
+        """
+        own = {}
+        for unit in self.units:
+            task, _, prompt = unit.name.partition("/")
+            names = [expert_id(task, prompt)] * bool(prompt) + [expert_id(task)]
+            found = [name for name in names if name in self.infos]
+            if not found:
+                raise ElmError(
+                    f"--with own: the store holds no expert {names[-1]!r} for task {unit.name!r}"
+                    f"{nearest(names[-1], self.infos)}"
+                )
+            own[unit.name] = found[0]
+        return own
 
     def score(self, wanted: Mapping[str, Sequence[str]]) -> None:
         """Makes sure that each unit has a stored score for each expert named."""

@@ -49,7 +49,7 @@ OURS: Mapping[str, tuple[str, ...]] = {
     "T5(3B) + COS&SOC DE (Mer.)": ("cos_soc_de",),
     "T5(3B) + PE w/ RoE": ("retrieved",),
     "T5(3B) + PE w/ RoE (Orc.)": ("oracle",),
-    "mT5-3B + Mer. Ex.": ("merged",),
+    "mT5-3B + Mer. Ex.": ("own", "merged"),
     "T0-3B (before)": ("multitask", "t0"),
     "T5(3B) + PE w/ RoE (before)": ("retrieved",),
     "CT0-3B (after)": ("ct0",),

@@ -49,6 +49,7 @@ class Suite:
       total: what the total is the mean of, 'datasets' or 'clusters'.
       tasks: pattern of the tasks, where one stands for all.
       examples: rows of each prompt that the paper takes; None is all.
+      decoding: how the paper generates text, one of `decoding.DECODINGS`.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Suite:
     total: str = "datasets"
     tasks: tuple[str, ...] = field(default=(), compare=False)
     examples: int | None = None
+    decoding: str = "greedy"
 
     def __post_init__(self) -> None:
         if self.total not in ("datasets", "clusters"):
@@ -220,7 +222,7 @@ def _generative(preset: str) -> Suite:
 
 
 def _compositional(preset: str) -> Suite:
-    """Table 7; one instruction that names both skills, so one prompt."""
+    """Table 7 and Appendix C; one instruction that names both skills, so one prompt."""
     del preset
     datasets = tuple(
         SuiteDataset(
@@ -232,4 +234,4 @@ def _compositional(preset: str) -> Suite:
         )
         for language in ("ko", "es", "zh", "fr", "ja")
     )
-    return Suite("compositional5", "5 compositional tasks", datasets)
+    return Suite("compositional5", "5 compositional tasks", datasets, decoding="appendix_c")

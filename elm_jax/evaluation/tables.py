@@ -27,6 +27,7 @@ NAMES = {
     "multitask": "the multitask expert",
     "retrieved": "retrieval",
     "merged": "the merged expert",
+    "own": "each task's own expert",
     "oracle": "the oracle",
 }
 

@@ -32,6 +32,8 @@ from elm_jax.version import __version__
 FORMAT = "elm_jax expert"
 FORMAT_VERSION = 1
 _TEMPORARY = ".writing-"
+WRITTEN_AT_ONCE = 2**26
+"""Bytes of arrays that are encoded and written together."""
 
 
 def expert_id(task: str, prompt: str | None = None) -> str:
@@ -398,9 +400,50 @@ def _first_line(error: BaseException) -> str:
 
 def _checkpointer() -> ocp.Checkpointer:
     """Returns what reads and writes arrays in this process alone, whichever others there are."""
-    if jax.process_count() == 1:
-        return ocp.PyTreeCheckpointer()
-    me = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(me, {me}, f"elm_jax_store_{me}")
-    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
-    return ocp.Checkpointer(handler, multiprocessing_options=alone)
+    handlers = ocp.type_handlers.create_type_handler_registry(
+        (np.ndarray, _FewAtOnce()),
+        (jax.Array, ocp.type_handlers.ArrayHandler()),  # none comes, but Orbax warns without
+    )
+    options: dict[str, Any] = {}
+    if jax.process_count() > 1:
+        me = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(me, {me}, f"elm_jax_store_{me}")
+        options["multiprocessing_options"] = alone
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=handlers, **options)
+    return ocp.Checkpointer(handler, **options)
+
+
+class _FewAtOnce(ocp.type_handlers.NumpyHandler):
+    """Writes arrays of `WRITTEN_AT_ONCE` bytes together, one batch after the other.
+
+    Orbax would copy all arrays first, as they might change meanwhile, and hold the encoded ones
+    until all are: twice an expert's size. Memory-mapped arrays are never held whole this way.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(deepcopy_host_arrays=False)  # `write` waits, so none changes
+
+    async def _background_serialize(
+        self, values: Sequence[np.ndarray], infos: Sequence[Any], args: Sequence[Any] | None = None
+    ) -> None:
+        given = args or [ocp.SaveArgs()] * len(values)
+        for rows in _in_batches([value.nbytes for value in values], WRITTEN_AT_ONCE):
+            await super()._background_serialize(
+                *([those[i] for i in rows] for those in (values, infos, given))
+            )
+
+
+def _in_batches(sizes: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Yields the places of consecutive sizes of which no sum is above `most`, if none alone is.
+
+    >>> list(_in_batches([3, 1, 4, 9, 1], 5))
+    [[0, 1], [2], [3], [4]]
+    """
+    batch: list[int] = []
+    for i, size in enumerate(sizes):
+        if batch and sum(sizes[j] for j in batch) + size > most:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -258,3 +260,52 @@ def test_bad_methods(arguments: tuple, said: str) -> None:
     with pytest.raises(ElmError) as raised:
         MergeSpec(*arguments)
     assert said in str(raised.value)
+
+
+_MERGE_AND_WATCH = """
+import sys, threading, time
+
+from elm_jax.experts import ExpertStore, merge, store as store_module
+
+
+def anonymous():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon:"))
+
+
+def watch():
+    while not done.is_set():
+        seen.append(anonymous())
+        time.sleep(0.001)
+
+
+store_module.WRITTEN_AT_ONCE = 2**22
+store = ExpertStore(sys.argv[1])
+first = anonymous()
+for size in ("few", "many"):
+    done, seen = threading.Event(), [first]
+    thread = threading.Thread(target=watch)
+    thread.start()
+    merge(store, [f"{size}{i}" for i in range(3)], output_id=size)
+    done.set()
+    thread.join()
+    print((max(seen) - first) // 1024)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_memory_does_not_grow_with_the_arrays(tmp_path: Path) -> None:
+    """Of far larger experts; readers and writers in C++ count, too."""
+    store = ExpertStore(tmp_path / "store", create=True)
+    draws = np.random.default_rng(0).normal(size=2**19).astype(np.float32)  # 2 MiB
+    for i in range(3):
+        for size, arrays in (("few", 6), ("many", 40)):
+            store.write(describe(f"{size}{i}"), {f"w{j}": draws + i + j for j in range(arrays)})
+    done = subprocess.run(
+        [sys.executable, "-c", _MERGE_AND_WATCH, str(store.path)],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    few, many = map(int, done.stdout.split())
+    # held once, the result alone would take 80 MiB; held as Orbax does by itself, 160
+    assert many < few + 40, f"{few} MiB for 3 experts of 12 MiB, {many} MiB for 3 of 80 MiB"
+    assert store.verify("many") == []

@@ -1,0 +1,197 @@
+"""Measures a fleet of experts trained X at a time against one by one, and prints JSON.
+
+N experts of one list, through `train_fleet` into an empty store: tokenising, steps, checkpoints and
+writing included, once for each X in a process of its own. The same fleet is then trained again into
+further stores of that process, where everything is compiled already. So an hour makes so many
+experts
+  with_start: from the start of the process, with imports and compilation;
+  warm: without them, which is where a long fleet tends to;
+  a_process_each: one by one, each expert in a process of its own (a sum of measured parts).
+Random weights; rows of the embedded suite, padded to the lengths of the size. A size where one
+expert leaves the machine idle gains by stacking; `crosses_at` names the first size, in the order
+given, where X experts at a time are no faster (by less than 2%) than one by one.
+
+Example:
+  python benchmarks/fleet.py --sizes tiny mini small --stacks 1 4
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+STEPS = {"tiny": 40, "mini": 10, "small": 5}
+SAME = 1.02
+"""Ratios of speeds below this are no gain: two runs alike differ as much."""
+
+
+def make_backbone(size: str, folder: Path) -> None:
+    """Saves a random backbone of a size, with a small vocabulary."""
+    from stacked import SIZES
+
+    from elm_jax.checkpoints import save_backbone
+    from elm_jax.checkpoints.backbone import initialize
+    from elm_jax.data import mini
+    from elm_jax.data.vocabulary import train_vocabulary
+
+    texts = [row["inputs"] for t in mini.train_tasks() for row in mini.examples(t.name, "test")]
+    vocabulary = train_vocabulary(texts, folder.parent / f"{folder.name}-pieces", 300)
+    made = initialize(SIZES[size][0], seed=0)
+    save_backbone(dataclasses.replace(made, name=size, vocabulary_path=vocabulary), folder)
+
+
+def run_here(work: Mapping[str, Any]) -> dict[str, Any]:
+    """Trains the fleet in this process, 1 + repeats times.
+
+    Args:
+      work: `backbone` and `folder` of the stores, `size`, `kind`, `experts`, `together` (X),
+        `steps` and `repeats`.
+
+    Returns:
+      When it was ready to begin, the seconds of the first fleet and of each further one, and the
+      peak memory in MiB.
+    """
+    from stacked import SIZES
+
+    from elm_jax.data import mini
+    from elm_jax.training.fleet import parse_fleet, train_fleet
+
+    shape = SIZES[work["size"]][1]
+    config = {
+        "backbone": work["backbone"],
+        "defaults": {
+            "expert": work["kind"],
+            "train_steps": work["steps"],
+            "batch_size": shape["batch"],
+            "experts_per_step": work["together"],
+            "feature_lengths": {"inputs": shape["inputs"], "targets": shape["targets"]},
+        },
+        "runs": [{"tasks": [f"mini:{t.name}" for t in mini.train_tasks()[: work["experts"]]]}],
+    }
+    ready, seconds = time.time(), []
+    for i in range(1 + work["repeats"]):
+        begun = time.perf_counter()
+        outcomes = train_fleet(parse_fleet({**config, "store": f"{work['folder']}/{i}"}))
+        seconds.append(time.perf_counter() - begun)
+        trained = [o for of in outcomes.values() for o in of if o.status == "trained"]
+        if len(trained) != work["experts"]:
+            raise SystemExit(f"{len(trained)} experts were trained, not {work['experts']}")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"ready": ready, "first": seconds[0], "warm": seconds[1:], "peak_mb": round(peak)}
+
+
+def measure(work: Mapping[str, Any]) -> dict[str, Any]:
+    """Trains the fleet in a process of its own, and says how many experts an hour makes."""
+    with tempfile.TemporaryDirectory() as folder:
+        begun = time.time()
+        done = subprocess.run(
+            [sys.executable, __file__, "--child", json.dumps({**work, "folder": folder})],
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+    found = json.loads(done.stdout.splitlines()[-1])
+    start, warm, count = found["ready"] - begun, statistics.median(found["warm"]), work["experts"]
+    compiling = max(found["first"] - warm, 0.0)
+    seconds = {"with_start": start + found["first"], "warm": warm}
+    if work["together"] == 1:
+        seconds["a_process_each"] = count * (start + compiling) + warm
+    return {
+        **{key: work[key] for key in ("size", "kind", "together", "experts", "steps")},
+        "experts_per_hour": {name: round(3600 * count / s, 1) for name, s in seconds.items()},
+        "start_s": round(start, 2),
+        "first_fleet_s": round(found["first"], 2),
+        "warm_fleet_s": [round(s, 2) for s in found["warm"]],
+        "peak_mb": found["peak_mb"],
+    }
+
+
+def compare(results: Sequence[dict[str, Any]]) -> None:
+    """Adds to each result its speed against one by one, where that was measured."""
+    alone = {(r["size"], r["kind"]): r for r in results if r["together"] == 1}
+    for result in results:
+        if base := alone.get((result["size"], result["kind"])):
+            ours, theirs = result["experts_per_hour"], base["experts_per_hour"]
+            result["to_one_by_one"] = {
+                name: round(ours[name] / theirs[name], 3) for name in ("with_start", "warm")
+            }
+            result["to_a_process_each"] = round(ours["with_start"] / theirs["a_process_each"], 3)
+
+
+def crossings(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, str | None]]:
+    """Returns, by kind and X, the first size at which stacking is no faster when warm.
+
+    None where it is faster at every size that was measured.
+    """
+    found: dict[str, dict[str, str | None]] = {}
+    for result in results:
+        if result["together"] > 1 and "to_one_by_one" in result:
+            by_stack = found.setdefault(result["kind"], {})
+            stack = str(result["together"])
+            slower = result["to_one_by_one"]["warm"] < SAME
+            if by_stack.setdefault(stack, None) is None and slower:
+                by_stack[stack] = result["size"]
+    return found
+
+
+def main() -> None:
+    """Prints the measurements."""
+    from stacked import SIZES
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["tiny"])
+    parser.add_argument("--kinds", nargs="+", default=["adapter"])
+    parser.add_argument("--stacks", type=int, nargs="+", default=[1, 2, 4, 8], metavar="X")
+    parser.add_argument("--experts", type=int, default=8, metavar="N")
+    parser.add_argument("--train-steps", type=int, help=f"of an expert; by size {STEPS}")
+    parser.add_argument("--repeats", type=int, default=1, help="further fleets, all compiled")
+    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(run_here(args.child)))
+        return
+    import jax
+
+    report: dict[str, Any] = {
+        "experts": args.experts,
+        "processors": os.cpu_count(),
+        "backend": jax.default_backend(),
+        "jax": jax.__version__,
+        "load_average": [round(os.getloadavg()[0], 1)],
+        "results": [],
+    }
+    for size in args.sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            make_backbone(size, Path(folder) / size)
+            for kind in args.kinds:
+                for together in args.stacks:
+                    print(f"{size}, {kind}, {together} at a time", file=sys.stderr)
+                    work = {
+                        "backbone": f"{folder}/{size}",
+                        "size": size,
+                        "kind": kind,
+                        "experts": args.experts,
+                        "together": together,
+                        "steps": args.train_steps or STEPS[size],
+                        "repeats": args.repeats,
+                    }
+                    report["results"].append(measure(work))
+    compare(report["results"])
+    report["crosses_at"] = crossings(report["results"])
+    report["load_average"].append(round(os.getloadavg()[0], 1))
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()
