@@ -110,15 +110,47 @@ def add_distributed(parser: Any) -> None:
     parser.add_argument(
         "--process", type=shard, metavar="I/N", help="with HOST:PORT: this is process I of N"
     )
+    parser.add_argument(
+        "--heartbeat",
+        type=int,
+        metavar="SECONDS",
+        help="with --distributed: a process that is silent for so long is lost, and the others "
+        "end (60)",
+    )
 
 
 def join(args: argparse.Namespace) -> bool:
-    """Joins the processes of a run; returns whether this one speaks for all."""
+    """Joins the processes of a run; returns whether this one speaks for all.
+
+    To be called before anything of JAX is imported: with several processes what follows runs in a
+    child, see `watch`.
+    """
+    if args.distributed != "none":
+        from elm_jax.cli import watch
+
+        watch.stay_behind()
+        _keep_stdout()
     from elm_jax.training import distributed
 
-    distributed.initialize(args.distributed, args.process)
+    heartbeat = args.heartbeat
+    distributed.initialize(
+        args.distributed,
+        args.process,
+        heartbeat=distributed.HEARTBEAT_SECONDS if heartbeat is None else heartbeat,
+    )
     distributed.stop_on_sigterm()
     return distributed.is_writer()
+
+
+def _keep_stdout() -> None:
+    """Keeps stdout for what Python prints; what C++ libraries write there goes to stderr.
+
+    Gloo, which connects processes on CPUs, says on stdout how many it has found.
+    """
+    sys.stdout.flush()
+    kept = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    sys.stdout = os.fdopen(kept, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
 
 
 def print_json(data: Any) -> None:

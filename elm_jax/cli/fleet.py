@@ -49,16 +49,17 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs one of the two."""
+    speaks = args.action == "run" and common.join(args)  # first: before JAX is loaded
+
     from elm_jax.training.fleet import load_fleet
 
     fleet = load_fleet(args.config, dict(args.changes))
-    return _run(args, fleet) if args.action == "run" else _status(args, fleet)
+    return _run(args, fleet, speaks) if args.action == "run" else _status(args, fleet)
 
 
-def _run(args: argparse.Namespace, fleet: Any) -> int:
+def _run(args: argparse.Namespace, fleet: Any, speaks: bool) -> int:
     from elm_jax.training.fleet import train_fleet
 
-    speaks = common.join(args)
     bar = common.ProgressBar("steps", hide=args.json or not speaks)
     try:
         outcomes = train_fleet(

@@ -133,13 +133,14 @@ def run_command(args: argparse.Namespace) -> int:
     """Trains what the arguments say."""
     import importlib
 
+    speaks = common.join(args)  # first: JAX must not be loaded before
+
     from elm_jax.errors import ElmError
     from elm_jax.models import get_spec
     from elm_jax.training import LossSpec, MeshSpec, OptimizerSpec, RunConfig, make_mesh
     from elm_jax.training.experts import TrainingOptions, train_experts
     from elm_jax.training.sharding import parse_rule
 
-    speaks = common.join(args)
     common.use_p3(args)
     for module in args.module:
         try:

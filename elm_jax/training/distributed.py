@@ -48,6 +48,9 @@ def initialize(
       timeout: seconds to wait for the others.
       heartbeat: seconds after which a silent process counts as lost.
 
+    Where a process is lost, JAX aborts the others (SIGABRT) once they miss it: at the next
+    collective or after `heartbeat`, whichever tells first.
+
     Raises:
       ElmError: for an unknown way, one that this environment is not, or others that do not answer.
     """
@@ -55,6 +58,8 @@ def initialize(
         if process is not None:
             raise ElmError("--process I/N needs --distributed HOST:PORT")
         return
+    if heartbeat < 1:
+        raise ElmError(f"the heartbeat must be at least 1 second, got {heartbeat}")
     limits: dict[str, Any] = {
         "initialization_timeout": timeout,
         "heartbeat_timeout_seconds": heartbeat,

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ MAX_LENGTHS = {"inputs": 512, "targets": 128}
 LENGTH_STEPS = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """Lengths are rounded up to one of these, so that few shapes are compiled."""
 UNITS = ("task", "prompt")
+RUN_FILE = "run.json"
+"""In a run's folder: which experts it trains, with all that decides their arrays."""
 REHEARSAL_SHARE = 0.01
 """Of each earlier task's examples, as CT0 rehearses (Scialom et al. 2022, section 3)."""
 _WAYS_TO_RUN = ("dropout_rate", "dtype", "scan_layers", "remat", "attention")
@@ -222,10 +225,16 @@ class _Prepared:
     def identity(self) -> dict[str, str]:
         return {"name": self.backbone.name, "fingerprint": self.backbone.fingerprint}
 
+    @property
+    def common(self) -> dict[str, str]:
+        """What decides an expert's arrays beside its settings."""
+        return {"spec": str(self.spec), "backbone": self.backbone.fingerprint}
+
+    def settings_of(self, group: Sequence[Plan]) -> dict[str, dict[str, Any]]:
+        return {plan.id: self.settings[plan.id] for plan in group}
+
     def run_name(self, group: Sequence[Plan]) -> str:
-        facts = {plan.id: self.settings[plan.id] for plan in group}
-        more = {"spec": str(self.spec), "backbone": self.backbone.fingerprint}
-        return _run_name({**facts, **more}, group)
+        return _run_name({**self.settings_of(group), **self.common}, group)
 
 
 def _prepare(
@@ -307,27 +316,41 @@ def training_progress(
     waits = ""
     if options is not None and options.initial_expert is not None and prepared.initial is None:
         waits = f"starts from {options.initial_expert!r}, which is not in the store yet"
-    order = {plan.id: i for i, plan in enumerate(prepared.plans)}
+    begun = {} if found is None else _steps_begun(found.path / ".runs", prepared)
     out = []
-    for group in prepared.groups:
-        step = 0
-        if found is not None:
-            checkpoints = found.path / ".runs" / prepared.run_name(group) / "checkpoints"
-            names = [p.name for p in checkpoints.iterdir()] if checkpoints.is_dir() else []
-            step = max((int(name) for name in names if name.isdigit()), default=0)
-        for plan in group:
-            settings = prepared.settings[plan.id]
-            status, note, metrics = "begun" if step else "to do", waits, {}
-            try:
-                if found is not None and _is_there(
-                    found, plan.id, settings, prepared.spec, prepared.identity
-                ):
-                    status, note, metrics = "done", "", dict(found.info(plan.id).metrics)
-            except ElmError as error:
-                status, note = "differs", str(error)
-            at = plan.train_steps if status == "done" else 0 if status == "differs" else step
-            out.append(Progress(plan.id, status, at, plan.train_steps, note, metrics))
-    return sorted(out, key=lambda progress: order[progress.id])
+    for plan in prepared.plans:
+        step, settings = begun.get(plan.id, 0), prepared.settings[plan.id]
+        status, note, metrics = "begun" if step else "to do", waits, {}
+        try:
+            if found is not None and _is_there(
+                found, plan.id, settings, prepared.spec, prepared.identity
+            ):
+                status, note, metrics = "done", "", dict(found.info(plan.id).metrics)
+        except ElmError as error:
+            status, note = "differs", str(error)
+        at = plan.train_steps if status == "done" else 0 if status == "differs" else step
+        out.append(Progress(plan.id, status, at, plan.train_steps, note, metrics))
+    return out
+
+
+def _steps_begun(runs: epath.Path, prepared: _Prepared) -> dict[str, int]:
+    """Returns the step of each expert's newest checkpoint, in whatever stack it is trained."""
+    steps: dict[str, int] = {}
+    for folder in runs.iterdir() if runs.is_dir() else ():
+        checkpoints = folder / "checkpoints"
+        names = [p.name for p in checkpoints.iterdir()] if checkpoints.is_dir() else []
+        step = max((int(name) for name in names if name.isdigit()), default=0)
+        if not step or not (folder / RUN_FILE).exists():
+            continue
+        try:
+            written = json.loads((folder / RUN_FILE).read_text())
+            common, experts = written["common"], dict(written["experts"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ElmError(f"{folder / RUN_FILE} is damaged ({error}); delete the run") from error
+        for name in experts if common == prepared.common else ():
+            if prepared.settings.get(name) == experts[name]:
+                steps[name] = max(step, steps.get(name, 0))
+    return steps
 
 
 Report = Callable[[str, int, int, Mapping[str, float]], None]
@@ -406,6 +429,8 @@ def train_experts(
                 if report is not None:
                     report(label, done + step * width, total, metrics)
 
+            if distributed.is_writer():
+                _write_run(folder, prepared.common, prepared.settings_of(group))
             trained = train_stack(
                 config,
                 backbone.params,
@@ -728,6 +753,14 @@ def _is_there(
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _write_run(folder: epath.Path, common: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Says in a run's folder whose it is; a second run on it would write the same."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{RUN_FILE}-{uuid.uuid4().hex[:8]}"
+    temporary.write_text(json.dumps({"common": common, "experts": settings}, indent=2) + "\n")
+    temporary.replace(folder / RUN_FILE)
 
 
 def _run_name(facts: Mapping[str, Any], group: Sequence[Plan]) -> str:

@@ -186,7 +186,7 @@ def plan_layout(work: Workload, mesh: AnyMesh, rules: LogicalRules = RULES) -> L
     config = work.config
     check_work(mesh, work.experts_per_step, work.batch_size, rules)
     program = _program(work, mesh, rules)
-    backbone = _stored(work)
+    backbone = stored_backbone(work)
     arrays = [
         *_rows("backbone", backbone, program.backbone),
         *_rows("expert", program.shapes.expert, program.state.expert),
@@ -233,7 +233,7 @@ def _program(work: Workload, mesh: AnyMesh, rules: LogicalRules = RULES) -> Prog
     )
 
 
-def _stored(work: Workload) -> Tree:
+def stored_backbone(work: Workload) -> Tree:
     """Returns the backbone's ShapeDtypeStructs as it is loaded."""
 
     def stored(path: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -396,7 +396,7 @@ def step_flops(work: Workload) -> float:
         program = _program(one, abstract_mesh(MeshSpec(data=1)))
         batch = abstract_batch(1, one.batch_size, one.inputs_length, one.targets_length)
         step = jax.jit(program.step)
-        lowered = step.lower(program.shapes, _stored(one), abstract_keys(1), batch)
+        lowered = step.lower(program.shapes, stored_backbone(one), abstract_keys(1), batch)
         cost: Any = lowered.cost_analysis()
         return np.array(cost["flops"])
 

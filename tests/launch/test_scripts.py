@@ -118,15 +118,27 @@ def test_slurm_array_knows_its_part() -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "queued"), [("0", False), ("1", False), ("75", True), ("143", True)]
+    ("status", "restarts", "queued"),
+    [
+        ("0", "0", False),
+        ("1", "0", False),
+        ("75", "9", True),
+        ("143", "9", True),
+        ("134", "0", True),  # another process of the run was lost
+        ("137", "2", True),
+        ("137", "3", False),
+    ],
 )
-def test_slurm_queues_preempted_runs_again(tmp_path: Path, status: str, queued: bool) -> None:
+def test_slurm_queues_preempted_runs_again(
+    tmp_path: Path, status: str, restarts: str, queued: bool
+) -> None:
     program(tmp_path / "srun", f"exit {status}")
     program(tmp_path / "scontrol", f'echo "$@" >> {tmp_path}/queued')
     path = {"PATH": f"{tmp_path}:{CLEAN['PATH']}"}
     for script, job in (("slurm.sbatch", "9"), ("slurm_array.sbatch", "7_3")):
         (tmp_path / "queued").unlink(missing_ok=True)
-        done = run(script, *TRAIN, **path, **array(3, 0, 7, 8))
+        count = {"SLURM_RESTART_COUNT": restarts}
+        done = run(script, *TRAIN, **path, **array(3, 0, 7, 8), **count)
         assert done.returncode == int(status)
         assert (tmp_path / "queued").exists() == queued
         if queued:

@@ -15,15 +15,18 @@ import numpy as np
 import pytest
 import tiny
 
+from elm_jax.checkpoints.backbone import initialize
 from elm_jax.errors import ElmError
 from elm_jax.experts import ExpertStore, flatten
-from elm_jax.training import distributed
+from elm_jax.models import T5Config, get_spec
+from elm_jax.training import Member, MeshSpec, RunConfig, distributed, make_mesh, train_stack
 
-ENVIRONMENT = {
-    **os.environ,
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
-}
+
+def environment(devices: int = 1) -> dict[str, str]:
+    """Of a process with so many devices; made late, as it holds the store of compiled programs."""
+    flags = "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0"
+    flags += f" --xla_force_host_platform_device_count={devices}"
+    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +50,10 @@ def free_port() -> int:
 
 def start(arguments: list[str], count: int, devices: int = 1) -> list[subprocess.Popen[str]]:
     port = free_port()
-    flags = f"{ENVIRONMENT['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     return [
         subprocess.Popen(
             [*arguments, "--distributed", f"127.0.0.1:{port}", "--process", f"{i}/{count}"],
-            env={**ENVIRONMENT, "XLA_FLAGS": flags},
+            env=environment(devices),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -82,13 +84,22 @@ def records(store: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def train_alone(command: list[str], devices: int = 1) -> None:
+    subprocess.run(command, env=environment(devices), check=True, capture_output=True)
+
+
 @pytest.fixture(scope="module")
 def alone(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = tmp_path_factory.mktemp("alone") / "store"
-    subprocess.run(
-        [*arguments, "--steps", "6", "--store", str(store)],
-        env=ENVIRONMENT, check=True, capture_output=True,
-    )  # fmt: skip
+    train_alone([*arguments, "--steps", "6", "--store", str(store)])
+    return store
+
+
+@pytest.fixture(scope="module")
+def whole(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process trains in 40 steps without a break."""
+    store = tmp_path_factory.mktemp("whole") / "store"
+    train_alone([*arguments, "--steps", "40", "--store", str(store)])
     return store
 
 
@@ -100,16 +111,23 @@ def equal(store: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "devices", "mesh"), [(2, 1, "fsdp=2"), (2, 2, "data=2,tensor=2")]
+    ("count", "devices", "mesh"),
+    [
+        (2, 1, "fsdp=2"),
+        (2, 2, "data=2,tensor=2"),
+        pytest.param(4, 1, "data=2,fsdp=2", marks=pytest.mark.slow),
+    ],
 )
 def test_processes_train_what_one_trains(
     count: int, devices: int, mesh: str, arguments: list[str], alone: Path, tmp_path: Path
 ) -> None:
     store = tmp_path / "store"
     command = [*arguments, "--steps", "6", "--store", str(store), "--mesh", *mesh.split(",")]
-    ended = finish(start(command, count, devices))
+    ended = finish(start([*command, "--json"], count, devices))
     assert [code for code, _, _ in ended] == [0] * count, ended
-    assert ["sentiment_inn" in out for _, out, _ in ended] == [True, False]  # one speaks for all
+    (_, spoken, _), *others = ended  # one speaks for all, and what it says is JSON alone
+    assert [one["id"] for one in json.loads(spoken)] == ["sentiment_inn", "sentiment_play"]
+    assert {out for _, out, _ in others} == {""}
     equal(store, alone)
     for one, two in zip(records(store), records(alone), strict=True):
         assert one["step"] == two["step"] and one["loss"] == pytest.approx(two["loss"], abs=1e-4)
@@ -117,33 +135,106 @@ def test_processes_train_what_one_trains(
 
 
 def test_sigterm_ends_all_with_a_checkpoint_that_another_number_goes_on_from(
-    arguments: list[str], tmp_path: Path
+    arguments: list[str], whole: Path, tmp_path: Path
 ) -> None:
-    stores = {name: tmp_path / name for name in ("whole", "cut")}
-    command = [*arguments, "--steps", "40"]
-    cut = [*command, "--store", str(stores["cut"]), "--mesh", "data=2"]
-    processes = start(cut, 2)
-    wait_for_a_checkpoint(stores["cut"], processes)
+    command = [*arguments, "--steps", "40", "--store", str(tmp_path / "cut")]
+    processes = start([*command, "--mesh", "data=2"], 2)
+    wait_for_a_checkpoint(tmp_path / "cut", processes)
     processes[1].send_signal(signal.SIGTERM)
     ended = finish(processes)
     assert [code for code, _, _ in ended] == [75, 75], ended
     assert all("asked to stop" in err for _, _, err in ended)
-    assert ExpertStore(stores["cut"]).ids() == []
-    # One process goes on from what two have written.
-    for store in stores.values():
-        subprocess.run(
-            [*command, "--store", str(store)], env=ENVIRONMENT, check=True, capture_output=True
-        )
-    equal(stores["cut"], stores["whole"])
-    steps = [record["step"] for record in records(stores["cut"])]
+    assert ExpertStore(tmp_path / "cut").ids() == []
+    train_alone(command)  # goes on from what two have written
+    goes_on_as(tmp_path / "cut", whole)
+
+
+def goes_on_as(cut: Path, whole: Path) -> None:
+    equal(cut, whole)
+    steps = [record["step"] for record in records(cut)]
     assert steps == sorted(set(steps)) and steps[-1] == 40  # each once, though cut in two
 
 
+@pytest.mark.parametrize("lost", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_lost_process_ends_the_other_and_another_mesh_goes_on(
+    lost: int, arguments: list[str], whole: Path, tmp_path: Path
+) -> None:
+    command = [*arguments, "--steps", "40", "--store", str(tmp_path / "cut")]
+    processes = start([*command, "--mesh", "fsdp=2", "--heartbeat", "8"], 2)
+    wait_for_a_checkpoint(tmp_path / "cut", processes)
+    processes[lost].kill()
+    ended = finish(processes)  # process 0 is the one that the others ask for signs of life
+    assert ended[lost][0] == -signal.SIGKILL
+    code, _, err = ended[1 - lost]
+    assert code == 128 + signal.SIGABRT, err  # which launch scripts start again
+    assert "another process of this run was lost. The same command" in err.splitlines()[-1]
+    assert ExpertStore(tmp_path / "cut").ids() == [] and checkpoints(tmp_path / "cut")
+    train_alone([*command, "--mesh", "tensor=2" if lost else "single"], devices=2)
+    goes_on_as(tmp_path / "cut", whole)
+
+
+def checkpoints(store: Path) -> list[Path]:
+    """Finished ones; others have a longer name."""
+    return [p for p in (store / ".runs").glob("*/checkpoints/*") if p.name.isdigit()]
+
+
 def wait_for_a_checkpoint(store: Path, processes: list[subprocess.Popen[str]]) -> None:
-    while not list((store / ".runs").glob("*/checkpoints/[0-9]*")):
+    while not checkpoints(store):
         if any(process.poll() is not None for process in processes):
             pytest.fail(f"ended before its first checkpoint: {finish(processes)}")
         time.sleep(0.1)
+
+
+MESHES = {
+    2: ["data_parallel", "fsdp", "tensor_parallel", "expert_parallel"],
+    4: ["data_parallel", "fsdp", "tensor_parallel", "expert=2,fsdp=2"],
+}
+"""Every preset over real processes of one device each."""
+CONFIG = T5Config(24, 16, 4, 4, 24, 1, 1, dropout_rate=0.0)
+# Trains a stack of two over processes, under each mesh in turn; process 0 prints the losses.
+PROGRAM = f"""
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import tiny
+from elm_jax.checkpoints.backbone import initialize
+from elm_jax.models import T5Config, get_spec
+from elm_jax.training import Member, MeshSpec, RunConfig, distributed, make_mesh, train_stack
+
+_, _, folder, _, address, _, process = sys.argv
+process = tuple(map(int, process.split("/")))
+distributed.initialize(address, process)
+config = {CONFIG!r}
+out = {{}}
+for mesh in {MESHES}[process[1]]:
+    members = [Member(f"e{{i}}", tiny.Stream(i, config, rows=4)) for i in range(2)]
+    trained = train_stack(
+        config, initialize(config, 0).params, get_spec("adapter"), members,
+        RunConfig(train_steps=3, log_every=1), folder=f"{{folder}}/{{mesh}}",
+        mesh=make_mesh(MeshSpec.parse(mesh)),
+    )
+    out[mesh] = [[row["loss"] for row in t.history] for t in trained]
+if process[0] == 0:
+    print(json.dumps(out))
+"""
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_presets_over_processes_give_one_devices_losses(count: int, tmp_path: Path) -> None:
+    members = [Member(f"e{i}", tiny.Stream(i, CONFIG, rows=4)) for i in range(2)]
+    run = RunConfig(train_steps=3, log_every=1)
+    mesh = make_mesh(MeshSpec.parse("single"))
+    one = train_stack(
+        CONFIG, initialize(CONFIG, 0).params, get_spec("adapter"), members, run,
+        folder=tmp_path / "single", mesh=mesh,
+    )  # fmt: skip
+    command = [sys.executable, "-c", PROGRAM, str(Path(__file__).parents[1]), str(tmp_path)]
+    ended = finish(start(command, count))
+    assert [code for code, _, _ in ended] == [0] * count, ended
+    losses = json.loads(ended[0][1].splitlines()[-1])
+    assert list(losses) == MESHES[count]
+    for label, found in losses.items():
+        wanted = [[row["loss"] for row in trained.history] for trained in one]
+        np.testing.assert_allclose(found, wanted, rtol=2e-4, err_msg=label)
 
 
 def test_one_process_stops_and_a_second_run_on_its_folder_is_refused(
@@ -151,10 +242,10 @@ def test_one_process_stops_and_a_second_run_on_its_folder_is_refused(
 ) -> None:
     command = [*arguments, "--steps", "3000", "--store", str(tmp_path / "store")]
     first = subprocess.Popen(
-        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     wait_for_a_checkpoint(tmp_path / "store", [first])
-    second = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    second = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert second.returncode == 1 and "is in use by another run" in second.stderr, second.stderr
     assert f"process {first.pid}" in second.stderr
     first.send_signal(signal.SIGTERM)
@@ -168,7 +259,7 @@ def test_a_coordinator_that_never_answers() -> None:
         f"distributed.initialize('127.0.0.1:{free_port()}', (1, 2), timeout=3)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False
     )
     assert done.returncode != 0
     assert "did not meet within 3 s (process 1 of 2" in done.stderr, done.stderr

@@ -103,6 +103,21 @@ def test_a_run_that_was_killed_is_begun(
     [part] = fleet_progress(fleet)
     assert {(e.status, e.step) for e in part.experts} >= {("begun", 2)} and part.count("done") == 0
     assert 0 < part.fraction <= 1
+    # Whoever asks, in whatever parts and stacks: the runs themselves say whose they are.
+    seen = {e.id: e.step for e in part.experts}
+    options = dataclasses.replace(fleet.runs[0].options, experts_per_step=1)
+    other = dataclasses.replace(fleet, runs=(dataclasses.replace(fleet.runs[0], options=options),))
+    parts = [fleet_progress(other, shard=(i, 3))[0] for i in range(3)]
+    assert {e.id: e.step for one in parts for e in one.experts} == seen
+    changed = dataclasses.replace(fleet.runs[0], run=dataclasses.replace(fleet.runs[0].run, seed=1))
+    [part] = fleet_progress(dataclasses.replace(fleet, runs=(changed,)))
+    assert part.count("begun") == 0
+    [damaged] = Path(fleet.store).glob(".runs/*/run.json")
+    text = damaged.read_text()
+    damaged.write_text(text[:40])
+    with pytest.raises(ElmError, match=r"run.json is damaged .*; delete the run"):
+        fleet_progress(fleet)
+    damaged.write_text(text)
     train_fleet(fleet)
     assert fleet_progress(fleet)[0].count("done") == 3
 

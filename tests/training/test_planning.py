@@ -53,7 +53,7 @@ PROGRAM = f"""
 import json, jax, jax.numpy as jnp
 from elm_jax.models import T5Config, get_spec
 from elm_jax.training import *
-from elm_jax.training.planning import Workload, _program, _stored, abstract_keys
+from elm_jax.training.planning import Workload, _program, abstract_keys, stored_backbone
 from elm_jax.training.sharding import make_mesh
 
 def held(tree):
@@ -69,7 +69,7 @@ for label, mesh, kind, optimizer, changes, dtype in {CASES}:
     work = Workload(config, get_spec(kind), 2, 8, 8, 8,
                     optimizer=OptimizerSpec(name=optimizer), weights_dtype=dtype)
     program = _program(work, make_mesh(MeshSpec.parse(mesh)))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), _stored(work))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), stored_backbone(work))
     backbone = jax.device_put(zeros, program.backbone)
     state = program.jit_initial_state()(jax.random.split(jax.random.key(0), 2))
     out[label] = dict(backbone=held(backbone), expert=held(state.expert),
