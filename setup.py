@@ -47,10 +47,21 @@ EXTRAS = {
     "metrics": ["sacrebleu", "bert-score"],
     # Apache Beam asks for protobuf below 7, newer sentencepiece for 7: see docs/p3.md.
     "cache": ["seqio>=0.0.20", "apache-beam[tfrecord]", "sentencepiece<0.2.2"],
-    "report": ["rouge-score", "tensorboardX"],
+    "report": ["rouge-score", "tensorboardX", "pyarrow"],
     "gpu": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],
-    "test": ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML", "peft", "transformers"],
+    "test": [
+        "pytest",
+        "pytest-xdist",
+        "hypothesis",
+        "ruff",
+        "mypy",
+        "types-PyYAML",
+        "peft",
+        "transformers",
+        "qwix",
+        "kubernetes-validate",
+    ],
     # t5x, airio and jestimator are not on PyPI: these are the commits that were run. They ask for
     # one another's newest commits and for old pins, so pip takes them with --no-deps alone: see
     # docs/t5x.md.
@@ -66,7 +77,8 @@ EXTRAS = {
         "tensorboard",
     ],
 }
-EXTRAS["all"] = sorted({p for name in ("data", "retrieval", "report") for p in EXTRAS[name]})
+ALL = ("data", "hub", "retrieval", "metrics", "report")
+EXTRAS["all"] = sorted({package for name in ALL for package in EXTRAS[name]})
 
 # The gin files live beside the package in the repository and inside it when installed.
 GIN = ["gin", *(f"gin/{p.name}" for p in sorted((ROOT / "gin").iterdir()) if p.is_dir())]

@@ -154,7 +154,7 @@ def test_bad_files(config: Path, tmp_path: Path) -> None:
         load_fleet(config, {"defaults.train_step": 3})
 
 
-@pytest.mark.parametrize("name", ["mini", "elm"])
-def test_the_fleets_that_come_along(name: str) -> None:
+@pytest.mark.parametrize(("name", "runs"), [("mini", 3), ("elm", 3), ("elm_small", 4)])
+def test_the_fleets_that_come_along(name: str, runs: int) -> None:
     fleet = load_fleet(Path(__file__).parents[2] / "launch" / "fleets" / f"{name}.py")
-    assert len(fleet.runs) == 3
+    assert len(fleet.runs) == runs
