@@ -54,6 +54,21 @@ def floats(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(f"expected numbers like 0.5,0.5, got {text!r}") from None
 
 
+def add_expert(parser: Any) -> None:
+    """Adds the options that say what an expert is made of."""
+    parser.add_argument(
+        "--expert", default="adapter", help="adapter, elm_code, lora or full (%(default)s)"
+    )
+    parser.add_argument(
+        "--expert-option",
+        type=key_value,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a field of the expert, such as bottleneck=32 or rank=4; may be repeated",
+    )
+
+
 P3_OPTIONS = (
     ("source", "raw, hub, tfds or rendered (raw)"),
     ("data", "folder of rows, or of copies of the datasets"),

@@ -28,17 +28,7 @@ def add_parser(subparsers: Any) -> None:
         help="folders or globs of them, mini, mini:train, p3:NAME, or seqio:NAME",
     )
     parser.add_argument("--store", required=True, help="folder of experts, made if missing")
-    parser.add_argument(
-        "--expert", default="adapter", help="adapter, elm_code, lora or full (%(default)s)"
-    )
-    parser.add_argument(
-        "--expert-option",
-        type=common.key_value,
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="a field of the expert, such as bottleneck=32 or rank=4; may be repeated",
-    )
+    common.add_expert(parser)
     data = parser.add_argument_group("data")
     data.add_argument("--per", choices=("task", "prompt"), default="task", help="one expert a ...")
     data.add_argument(

@@ -31,17 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, stack: int) -> None:
         help="a published size, such as t5_1_1_xl, mt5_base, t0_3b or xl (of T5 1.1), an embedded "
         "backbone or a folder (%(default)s); no weights are read",
     )
-    parser.add_argument(
-        "--expert", default="adapter", help="adapter, elm_code, lora or full (%(default)s)"
-    )
-    parser.add_argument(
-        "--expert-option",
-        type=common.key_value,
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="a field of the expert, such as bottleneck=32 or rank=4; may be repeated",
-    )
+    common.add_expert(parser)
     step = parser.add_argument_group("step")
     step.add_argument(
         "--stack",

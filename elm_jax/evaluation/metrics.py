@@ -200,7 +200,9 @@ def bleu(
     except ModuleNotFoundError as error:
         raise ElmError("BLEU needs sacrebleu: pip install 'elm_jax[metrics]'") from error
     width = max(map(len, targets))
-    references = [[row[i] if i < len(row) else None for row in targets] for i in range(width)]
+    references: list[Any] = [
+        [row[i] if i < len(row) else None for row in targets] for i in range(width)
+    ]
     scorer = BLEU(smooth_method="exp", tokenize="intl", effective_order=sentence)
     return float(min(max(scorer.corpus_score(list(predictions), references).score / 100, 0.0), 1.0))
 
