@@ -1,9 +1,9 @@
 """Measures a fleet of experts trained X at a time against one by one, and prints JSON.
 
 N experts of one list, through `train_fleet` into an empty store: tokenising, steps, checkpoints and
-writing included, once for each X in a process of its own. The same fleet is then trained again into
-further stores of that process, where everything is compiled already. So an hour makes so many
-experts
+writing included, for each X in a process of its own. Each then trains the same fleet again into
+further stores, where everything is compiled already, and the processes take turns, so that other
+work on the machine hits all alike. So an hour makes so many experts
   with_start: from the start of the process, with imports and compilation;
   warm: without them, which is where a long fleet tends to;
   a_process_each: one by one, each expert in a process of its own (a sum of measured parts).
@@ -31,7 +31,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-STEPS = {"tiny": 40, "mini": 10, "small": 5}
+STEPS = {"tiny": 30, "mini": 10, "small": 5}
 SAME = 1.02
 """Ratios of speeds below this are no gain: two runs alike differ as much."""
 
@@ -51,16 +51,12 @@ def make_backbone(size: str, folder: Path) -> None:
     save_backbone(dataclasses.replace(made, name=size, vocabulary_path=vocabulary), folder)
 
 
-def run_here(work: Mapping[str, Any]) -> dict[str, Any]:
-    """Trains the fleet in this process, 1 + repeats times.
+def run_here(work: Mapping[str, Any]) -> None:
+    """Trains the fleet in this process, once for each line of stdin; a line of JSON for each.
 
     Args:
-      work: `backbone` and `folder` of the stores, `size`, `kind`, `experts`, `together` (X),
-        `steps` and `repeats`.
-
-    Returns:
-      When it was ready to begin, the seconds of the first fleet and of each further one, and the
-      peak memory in MiB.
+      work: `backbone` and `folder` of the stores, `size`, `kind`, `experts`, `together` (X) and
+        `steps`.
     """
     from stacked import SIZES
 
@@ -79,42 +75,90 @@ def run_here(work: Mapping[str, Any]) -> dict[str, Any]:
         },
         "runs": [{"tasks": [f"mini:{t.name}" for t in mini.train_tasks()[: work["experts"]]]}],
     }
-    ready, seconds = time.time(), []
-    for i in range(1 + work["repeats"]):
+    print(json.dumps({"ready": time.time()}), flush=True)
+    for i, _ in enumerate(sys.stdin):
         begun = time.perf_counter()
         outcomes = train_fleet(parse_fleet({**config, "store": f"{work['folder']}/{i}"}))
-        seconds.append(time.perf_counter() - begun)
+        seconds = time.perf_counter() - begun
         trained = [o for of in outcomes.values() for o in of if o.status == "trained"]
         if len(trained) != work["experts"]:
             raise SystemExit(f"{len(trained)} experts were trained, not {work['experts']}")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"ready": ready, "first": seconds[0], "warm": seconds[1:], "peak_mb": round(peak)}
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps({"seconds": seconds, "peak_mb": round(peak)}), flush=True)
 
 
-def measure(work: Mapping[str, Any]) -> dict[str, Any]:
-    """Trains the fleet in a process of its own, and says how many experts an hour makes."""
-    with tempfile.TemporaryDirectory() as folder:
+class FleetProcess:
+    """A process that trains a fleet whenever it is asked to."""
+
+    def __init__(self, work: Mapping[str, Any], folder: str) -> None:
+        self.work = work
         begun = time.time()
-        done = subprocess.run(
+        self._process = subprocess.Popen(
             [sys.executable, __file__, "--child", json.dumps({**work, "folder": folder})],
-            check=True,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-    found = json.loads(done.stdout.splitlines()[-1])
-    start, warm, count = found["ready"] - begun, statistics.median(found["warm"]), work["experts"]
-    compiling = max(found["first"] - warm, 0.0)
-    seconds = {"with_start": start + found["first"], "warm": warm}
-    if work["together"] == 1:
-        seconds["a_process_each"] = count * (start + compiling) + warm
-    return {
-        **{key: work[key] for key in ("size", "kind", "together", "experts", "steps")},
-        "experts_per_hour": {name: round(3600 * count / s, 1) for name, s in seconds.items()},
-        "start_s": round(start, 2),
-        "first_fleet_s": round(found["first"], 2),
-        "warm_fleet_s": [round(s, 2) for s in found["warm"]],
-        "peak_mb": found["peak_mb"],
-    }
+        self.warm_s: list[float] = []
+        self.peak_mb = 0
+        self.start_s = self._answer()["ready"] - begun
+        self.first_s = self.train()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"the process of {dict(self.work)} ended")
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def train(self) -> float:
+        """Trains the fleet into a new store; returns the seconds."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        found = self._answer()
+        self.peak_mb = found["peak_mb"]
+        return float(found["seconds"])
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.communicate()
+
+    def result(self) -> dict[str, Any]:
+        """Returns how many experts an hour makes, and what that comes from."""
+        warm, count = statistics.median(self.warm_s), self.work["experts"]
+        seconds = {"with_start": self.start_s + self.first_s, "warm": warm}
+        if self.work["together"] == 1:
+            compiling = max(self.first_s - warm, 0.0)
+            seconds["a_process_each"] = count * (self.start_s + compiling) + warm
+        return {
+            **{key: self.work[key] for key in ("size", "kind", "together", "experts", "steps")},
+            "experts_per_hour": {name: round(3600 * count / s, 1) for name, s in seconds.items()},
+            "start_s": round(self.start_s, 2),
+            "first_fleet_s": round(self.first_s, 2),
+            "warm_fleet_s": [round(s, 2) for s in self.warm_s],
+            "peak_mb": self.peak_mb,
+        }
+
+
+def measure(works: Sequence[Mapping[str, Any]], repeats: int) -> list[dict[str, Any]]:
+    """Trains each of several fleets 1 + repeats times, in turns."""
+    with tempfile.TemporaryDirectory() as folder:
+        processes: list[FleetProcess] = []
+        try:
+            for i, work in enumerate(works):
+                print(
+                    f"{work['size']}, {work['kind']}, {work['together']} at a time", file=sys.stderr
+                )
+                processes.append(FleetProcess(work, f"{folder}/{i}"))
+            for _ in range(repeats):
+                for process in processes:
+                    process.warm_s.append(process.train())
+        finally:
+            for process in processes:
+                process.close()
+        return [process.result() for process in processes]
 
 
 def compare(results: Sequence[dict[str, Any]]) -> None:
@@ -155,11 +199,11 @@ def main() -> None:
     parser.add_argument("--stacks", type=int, nargs="+", default=[1, 2, 4, 8], metavar="X")
     parser.add_argument("--experts", type=int, default=8, metavar="N")
     parser.add_argument("--train-steps", type=int, help=f"of an expert; by size {STEPS}")
-    parser.add_argument("--repeats", type=int, default=1, help="further fleets, all compiled")
+    parser.add_argument("--repeats", type=int, default=2, help="further fleets, all compiled")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(run_here(args.child)))
+        run_here(args.child)
         return
     import jax
 
@@ -175,18 +219,18 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             make_backbone(size, Path(folder) / size)
             for kind in args.kinds:
-                for together in args.stacks:
-                    print(f"{size}, {kind}, {together} at a time", file=sys.stderr)
-                    work = {
+                works = [
+                    {
                         "backbone": f"{folder}/{size}",
                         "size": size,
                         "kind": kind,
                         "experts": args.experts,
                         "together": together,
                         "steps": args.train_steps or STEPS[size],
-                        "repeats": args.repeats,
                     }
-                    report["results"].append(measure(work))
+                    for together in args.stacks
+                ]
+                report["results"] += measure(works, args.repeats)
     compare(report["results"])
     report["crosses_at"] = crossings(report["results"])
     report["load_average"].append(round(os.getloadavg()[0], 1))

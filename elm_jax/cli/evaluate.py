@@ -242,6 +242,27 @@ def _suite(args: argparse.Namespace) -> Any:
     return suite
 
 
+def _tasks(args: argparse.Namespace, suite: Any) -> list[Any]:
+    """Returns the tasks to score; of a suite that need not be whole, those that have rows."""
+    import sys
+
+    from elm_jax.data.examples import find_tasks
+    from elm_jax.data.p3 import find_p3
+    from elm_jax.errors import ElmError
+
+    if not (suite and args.partial and args.tasks == list(suite.tasks)):
+        return find_tasks(args.tasks)
+    found = find_p3([name.removeprefix("p3:") for name in args.tasks], partial=True)
+    tasks = sorted((t for t in found if args.split in t.splits), key=lambda task: task.name)
+    if not tasks:
+        raise ElmError(f"no task of suite {suite.name} has the split {args.split!r}")
+    there = {task.name for task in tasks}
+    missing = [d.label for d in suite.datasets if d.task not in there]
+    if missing:
+        print(f"note: without rows, and left out: {', '.join(missing)}", file=sys.stderr)
+    return tasks
+
+
 def _print_suite(found: Any, name: str) -> None:
     """Prints what a suite comes to for one strategy."""
     lines = [(d.label, d.cluster, found.datasets[d.label]) for d in found.suite.datasets]
@@ -264,7 +285,6 @@ def _points(score: float | None) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluates what the arguments say."""
-    from elm_jax.data.examples import find_tasks
     from elm_jax.errors import ElmError
     from elm_jax.evaluation.aggregate import aggregate, strategy_scores
     from elm_jax.evaluation.evaluate import EvaluationOptions, Evaluator
@@ -300,7 +320,7 @@ def run(args: argparse.Namespace) -> int:
         evaluator = Evaluator(
             backbone,
             backbone_vocabulary(backbone, args.vocabulary),
-            find_tasks(args.tasks),
+            _tasks(args, suite),
             args.output,
             store=store,
             options=options,

@@ -317,6 +317,11 @@ templates:
         task.split("train")
     with pytest.raises(FileNotFoundError, match="no rows of P3 dataset 'dream'"):
         find_p3(["dream"], source(tmp_path))
+    with pytest.raises(FileNotFoundError, match="no rows of P3 dataset 'dream'"):
+        find_p3(["dream", "cosmos_qa"], source(tmp_path))
+    assert [t.name for t in find_p3(["MCQA"], source(tmp_path), partial=True)] == ["cosmos_qa"]
+    with pytest.raises(FileNotFoundError, match="no rows"):  # of any
+        find_p3(["dream"], source(tmp_path), partial=True)
 
 
 def test_patterns_of_one_dataset_are_one_task(

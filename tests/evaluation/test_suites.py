@@ -133,6 +133,31 @@ def test_a_missing_task_is_refused_before_scoring(
     assert "Known Un.~" in said
 
 
+def test_a_suite_of_which_some_datasets_have_rows(
+    shared_data: Path,
+    backbone: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of the 11 datasets only CB has rows here: refused, or scored in part and said to be so."""
+    raw = tmp_path / "raw" / "super_glue"
+    raw.mkdir(parents=True)
+    (raw / "cb").symlink_to(shared_data / "raw" / "super_glue" / "cb")
+    monkeypatch.setenv("ELM_JAX_P3_DATA", str(raw.parent))
+    monkeypatch.setenv("ELM_JAX_P3_TEMPLATES", str(shared_data / "p3" / "templates"))
+    monkeypatch.setenv("ELM_JAX_P3_EVALUATION_EXAMPLES", "2")
+    output = tmp_path / "results"
+    common = ("--backbone", backbone, "--suite", "unseen11", "--per", "prompt")
+    short = ("--max-inputs-length", "16", "--output", str(output))
+    assert evaluate(*common, *short) == 1
+    assert "no rows of P3 dataset 'super_glue/rte'" in capsys.readouterr().err
+    assert evaluate(*common, *short, "--partial") == 0
+    said = capsys.readouterr()
+    assert "left out: RTE, ANLI R1" in said.err
+    assert "of 1 of 11 whole datasets" in said.out and "RTE~" in said.out
+
+
 def test_what_the_command_needs(backbone: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate("--backbone", backbone, "--output", "x", "--suite", "bigbench13") == 1
     assert "--suite bigbench13 needs --tasks" in capsys.readouterr().err

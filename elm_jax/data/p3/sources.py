@@ -337,25 +337,33 @@ def task_data(dataset: P3Dataset, prompts: Sequence[P3Prompt], source: P3Source)
     return TaskData(dataset.task, f"p3:{dataset.name}", readers)
 
 
-def find_p3(patterns: Sequence[str], source: P3Source | None = None) -> list[TaskData]:
+def find_p3(
+    patterns: Sequence[str], source: P3Source | None = None, *, partial: bool = False
+) -> list[TaskData]:
     """Finds tasks of P3, one a dataset, each with the prompts that any pattern selects.
 
     Args:
       patterns: as `Catalog.select` reads them: 'cosmos_qa', 'cosmos_qa/*', 'MCQA', 'unseen11'.
       source: where the rows are; `P3Source.from_environment()` by default.
+      partial: leave out datasets that the source has no rows of, unless it has none of any.
 
     Raises:
-      ElmError: a pattern matches nothing, a name has the nearest beside it; or the source has no
-        rows of a dataset.
+      ElmError: a pattern matches nothing, a name has the nearest beside it.
+      FileNotFoundError: the source has no rows of a dataset.
     """
     chosen = {prompt: None for pattern in patterns for prompt in catalog().select(pattern)}
     source = source or P3Source.from_environment()
     tasks = []
+    empty: list[P3Dataset] = []
     for name in dict.fromkeys(prompt.dataset for prompt in chosen):
         dataset = catalog().datasets[name]
-        tasks.append(task_data(dataset, [p for p in chosen if p.dataset == name], source))
-        if not tasks[-1].splits:
-            source.rows(dataset, dataset.evaluation[0])  # says what is missing where
+        task = task_data(dataset, [p for p in chosen if p.dataset == name], source)
+        if task.splits:
+            tasks.append(task)
+        else:
+            empty.append(dataset)
+    if empty and not (partial and tasks):
+        source.rows(empty[0], empty[0].evaluation[0])  # says what is missing where
     return tasks
 
 
