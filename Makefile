@@ -10,7 +10,7 @@ demo: setup
 	$(BIN)/python -m elm_jax.demo --output $(DEMO_OUTPUT)
 
 test: setup
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(PYTEST_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -32,7 +32,8 @@ _DESCRIPTION = """\
 Trains many small experts over one frozen T5, then retrieves, merges and evaluates them.
 
 A usual order: train -> library build -> evaluate -> report.
-Exit status: 0 done, 1 failed, 2 bad arguments, 75 asked to stop (run it again).
+Exit status: 0 done, 1 failed, 2 bad arguments, 75 asked to stop and 134 another process
+of the run was lost (run it again).
 ELM_JAX_DEBUG=1 shows tracebacks.
 """
 

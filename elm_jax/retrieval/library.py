@@ -113,7 +113,8 @@ class Library:
         """Gathers the keys of a store's experts, embedding those that have none of this space.
 
         New keys are written into their expert's folder, except where those of another embedder or
-        text form are there, which stay; no other expert is touched.
+        text form are there, which stay, or where fewer than all instances were embedded; no other
+        expert is touched.
 
         Args:
           store: a folder of experts.
@@ -136,7 +137,7 @@ class Library:
         experts = _select(read_store(store), include, exclude, store)
         form = text_format(form)
         pending = [expert for expert in experts if not _has_keys(expert, embedder, form)]
-        embedded = _embed(pending, embedder, form, progress)
+        embedded = _embed(pending, embedder, form, instances_per_expert, progress)
         entries, keys, start = [], [], 0
         for expert in experts:
             rows = embedded[expert.id] if expert.id in embedded else _read_keys(expert)
@@ -416,9 +417,9 @@ def _has_keys(expert: StoredExpert, embedder: Embedder, form: str) -> bool:
 
 
 def _embed(
-    experts: Sequence[StoredExpert], embedder: Embedder, form: str, progress: bool
+    experts: Sequence[StoredExpert], embedder: Embedder, form: str, count: int, progress: bool
 ) -> dict[str, FloatArray]:
-    """Embeds the experts' instances; writes them where an expert has no keys at all."""
+    """Embeds the experts' first `count` instances; writes all of one that has no keys at all."""
     from tqdm import tqdm
 
     if not experts:
@@ -429,7 +430,8 @@ def _embed(
                 f"expert {expert.id!r} has neither keys nor instances.jsonl in {expert.path}; "
                 "leave it out with exclude"
             )
-    texts = [read_texts(expert.path / "instances.jsonl", form) for expert in experts]
+    found = [read_texts(expert.path / "instances.jsonl", form) for expert in experts]
+    texts = [instances[:count] for instances in found]
     keys = {}
     with tqdm(
         total=sum(map(len, texts)),
@@ -438,10 +440,10 @@ def _embed(
         file=sys.stderr,
         disable=not progress,
     ) as bar:
-        for expert, instances in zip(experts, texts, strict=True):
+        for expert, instances, every in zip(experts, texts, found, strict=True):
             keys[expert.id] = embedder.encode(instances)
             stored = expert.embedder
-            if (
+            if len(instances) == len(every) and (
                 stored is None
                 or stored.text_format not in TEXT_FORMATS.values()
                 or not (expert.path / "keys.npy").exists()

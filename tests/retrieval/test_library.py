@@ -183,6 +183,15 @@ def test_instances_per_expert_takes_the_first_rows(store: Path) -> None:
         Library.build(store, BagOfWords(), instances_per_expert=0)
 
 
+def test_fewer_keys_embed_fewer_instances_and_leave_none_behind(store: Path) -> None:
+    few, embedder = BagOfWords(), BagOfWords()
+    small = Library.build(store, few, instances_per_expert=2)
+    assert len(few.seen) == 6 and not list(store.glob("*/keys.npy"))
+    whole = Library.build(store, embedder)
+    assert len(embedder.seen) == 18 and len(list(store.glob("*/keys.npy"))) == 3
+    np.testing.assert_array_equal(small.keys, whole.keys.reshape(3, 6, -1)[:, :2].reshape(6, -1))
+
+
 def test_patterns_choose_experts_and_must_match(store: Path) -> None:
     def built(include: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[str]:
         library = Library.build(store, BagOfWords(), include=include, exclude=exclude)
