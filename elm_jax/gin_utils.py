@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from elm_jax import gin_check
+from elm_jax.cli import common
 from elm_jax.cli.main import describe
-from elm_jax.errors import ElmError, nearest
+from elm_jax.errors import ElmError, Preempted, nearest
 
 
 def gin_folder() -> Path:
@@ -24,12 +25,15 @@ def gin_folder() -> Path:
     return inside if inside.is_dir() else package.parent / "gin"
 
 
-def parse_arguments(argv: Sequence[str], description: str) -> argparse.Namespace:
+def parse_arguments(
+    argv: Sequence[str], description: str, *, distributed: bool = False
+) -> argparse.Namespace:
     """Parses `--gin_file` (repeated), `--gin_search_paths` and `--gin.NAME=VALUE`.
 
     Returns:
-      A namespace with `gin_file` (list), `gin_search_paths` (list) and `bindings` (list of gin
-      text). A value that is no gin expression is taken as a string, so that quotes are optional.
+      A namespace with `gin_file` (list), `gin_search_paths` (list), `bindings` (list of gin text),
+      and with `distributed` what `common.join` reads. A value that is no gin expression is taken
+      as a string, so that quotes are optional.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -55,6 +59,8 @@ def parse_arguments(argv: Sequence[str], description: str) -> argparse.Namespace
         dest="unused",
         help="sets a macro or parameter, such as --gin.TRAIN_STEPS=100",
     )
+    if distributed:
+        common.add_distributed(parser)
     flags = [arg for arg in argv if arg.startswith("--gin.")]
     for flag in flags:
         if "=" not in flag:
@@ -76,21 +82,30 @@ def _binding(flag: str) -> str:
     return f"{name} = {value}"
 
 
-def run(function: Callable[..., Any], argv: Sequence[str] | None = None) -> int:
+def run(
+    function: Callable[..., Any], argv: Sequence[str] | None = None, *, distributed: bool = False
+) -> int:
     """Calls `function` with the parameters that the gin files bind.
 
     Args:
       function: of the script that is `__main__`.
       argv: arguments; those of the process by default.
+      distributed: whether it may run as several processes, and stops on SIGTERM with a checkpoint.
 
     Returns:
-      The exit status: 0 done, 1 failed; bad arguments exit with 2.
+      The exit status: 0 done, 1 failed, 75 asked to stop; bad arguments exit with 2.
     """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    description = sys.modules[function.__module__].__doc__ or ""
+    args = parse_arguments(arguments, description, distributed=distributed)
+    folders = [*map(Path, args.gin_search_paths), Path(), gin_folder()]
+    if distributed:
+        try:
+            common.join(args)  # before a gin file imports JAX
+        except ElmError as error:
+            return _fail(str(error))
     import gin
 
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    args = parse_arguments(arguments, sys.modules[function.__module__].__doc__ or "")
-    folders = [*map(Path, args.gin_search_paths), Path(), gin_folder()]
     try:
         gin_check.set_search_path(folders)
         gin.parse_config_files_and_bindings(args.gin_file, args.bindings, finalize_config=False)
@@ -106,7 +121,7 @@ def run(function: Callable[..., Any], argv: Sequence[str] | None = None) -> int:
             line = str(error)  # a parameter that is missing, or of the wrong type
         if line is None or os.environ.get("ELM_JAX_DEBUG"):
             raise
-        return _fail(line)
+        return _fail(line, error.exit_status if isinstance(error, Preempted) else 1)
     return 0
 
 
@@ -152,6 +167,6 @@ def _nearest_parameter(message: str, function: Callable[..., Any]) -> str:
     return nearest(found[2], names)
 
 
-def _fail(text: str) -> int:
+def _fail(text: str, status: int = 1) -> int:
     print(f"error: {' '.join(text.split())}", file=sys.stderr)
-    return 1
+    return status

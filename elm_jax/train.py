@@ -3,6 +3,7 @@
 example:
   python -m elm_jax.train --gin_file=gin/runs/train_experts.gin \\
     --gin.TASKS="['tasks/*']" --gin.MODEL_DIR=store --gin.TRAIN_STEPS=200
+several processes: the same with --distributed slurm, auto, kubernetes or HOST:PORT
 """
 
 from __future__ import annotations
@@ -42,13 +43,13 @@ def train(
     import importlib
 
     from elm_jax.cli.common import ProgressBar
-    from elm_jax.training import MeshSpec, make_mesh
+    from elm_jax.training import MeshSpec, distributed, make_mesh
     from elm_jax.training.experts import train_experts
 
     mesh = mesh or MeshSpec()
     for module in modules:
         importlib.import_module(module)
-    bar = ProgressBar("steps")
+    bar = ProgressBar("steps", hide=not distributed.is_writer())
     try:
         outcomes = train_experts(
             backbone,
@@ -63,7 +64,7 @@ def train(
         )
     finally:
         bar.close()
-    for outcome in outcomes:
+    for outcome in outcomes if distributed.is_writer() else ():
         loss = outcome.info.metrics["loss"]
         print(f"{outcome.info.id}: {outcome.status}, loss {loss:.4f}, in {store}")
 
@@ -71,4 +72,4 @@ def train(
 if __name__ == "__main__":
     from elm_jax import gin_utils
 
-    sys.exit(gin_utils.run(train))
+    sys.exit(gin_utils.run(train, distributed=True))

@@ -134,6 +134,26 @@ def test_processes_train_what_one_trains(
     assert ExpertStore(store).verify("sentiment_inn") == []
 
 
+def test_gin_files_run_on_several_processes(
+    arguments: list[str], alone: Path, tmp_path: Path
+) -> None:
+    """The run of `alone`, from gin."""
+    given = dict(zip(arguments[4::2], arguments[5::2], strict=False))
+    first = arguments.index("--tasks") + 1
+    command = [
+        sys.executable, "-m", "elm_jax.train", "--gin_file=runs/train_experts.gin",
+        "--gin_file=experts/lora.gin", "--gin.specs.LoraSpec.rank=2",
+        f"--gin.INITIAL_CHECKPOINT_PATH={given['--backbone']}",
+        f"--gin.TASKS={arguments[first:first + 2]}", f"--gin.MODEL_DIR={tmp_path / 'store'}",
+        "--gin.TASK_FEATURE_LENGTHS={'inputs': 32, 'targets': 8}", "--gin.EXPERTS_PER_STEP=2",
+        "--gin.BATCH_SIZE=4", "--gin.LEARNING_RATE=0.01", "--gin.TRAIN_STEPS=6",
+    ]  # fmt: skip
+    ended = finish(start(command, 2))
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert ["sentiment_inn: trained" in out for _, out, _ in ended] == [True, False]
+    equal(tmp_path / "store", alone)
+
+
 def test_sigterm_ends_all_with_a_checkpoint_that_another_number_goes_on_from(
     arguments: list[str], whole: Path, tmp_path: Path
 ) -> None:
