@@ -144,6 +144,9 @@ def add_parser(subparsers: Any) -> None:
         metavar="PATTERN",
         help="the tasks that it may see; keep those apart on which it will be judged",
     )
+    train.add_argument(
+        "--per", choices=("task", "prompt"), default="task", help="as in the evaluation"
+    )
     train.add_argument("--split", default="train", help="whose instances it sees (%(default)s)")
     train.add_argument("--steps", type=int, default=300)
     train.add_argument("--learning-rate", type=float, default=1e-3)
@@ -264,18 +267,21 @@ def _compare(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     from elm_jax.cli.common import ProgressBar
-    from elm_jax.data.examples import find_tasks
+    from elm_jax.data.examples import by_prompt, find_tasks
     from elm_jax.evaluation.encoder import find_embedder
     from elm_jax.evaluation.results import read_scores
     from elm_jax.retrieval import Library, SupervisedConfig, format_instance, train_retriever
 
     library = Library.load(args.library)
     form = library.space.text_format
+    tasks = find_tasks(args.tasks)
+    if args.per == "prompt":
+        tasks = [part for task in tasks for part in by_prompt(task).values()]
     texts = {
         task.name: [
             format_instance(e.inputs, e.answer_choices, form) for e in task.split(args.split)
         ]
-        for task in find_tasks(args.tasks)
+        for task in tasks
     }
     scores: dict[str, dict[str, float]] = {}
     for (task, expert), score in read_scores(args.results).items():

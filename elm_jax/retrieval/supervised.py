@@ -117,6 +117,11 @@ class SupervisedEmbedder:
             shutil.rmtree(fresh, ignore_errors=True)
 
 
+def _dataset(task: str) -> str:
+    """Returns the task that a prompt belongs to."""
+    return task.partition("/")[0]
+
+
 def load_retriever(path: str | Path, base: Embedder | None = None) -> SupervisedEmbedder:
     """Reads a folder of `SupervisedEmbedder.save`.
 
@@ -166,6 +171,8 @@ def train_retriever(
       texts: for each task its instances, in the library's text form. Give the tasks that the
         retriever may see; those it is to be judged on are not among them.
       scores: for each of these tasks, the score of each expert of the library on it, in [0, 1].
+        Tasks may be prompts, '<task>/<prompt>': those of one task are held out together, and the
+        experts of the task are their own.
       config: how to train.
       report: called with the step and the held-out score.
 
@@ -186,14 +193,14 @@ def train_retriever(
         raise ElmError(f"the library's keys are by {library.space.name!r}, not {embedder.name!r}")
     experts = [entry.id for entry in library.entries]
     tasks = sorted(texts)
-    if len(tasks) < 3:
-        raise ElmError(f"a retriever is trained on 3 tasks or more, got {len(tasks)}")
+    if (count := len({_dataset(task) for task in tasks})) < 3:
+        raise ElmError(f"a retriever is trained on 3 tasks or more, got {count}")
     matrix = _score_matrix(tasks, experts, scores)
     allowed = np.ones(matrix.shape, bool)
     if config.mask_own:
         for x, entry in enumerate(library.entries):
             for t, task in enumerate(tasks):
-                allowed[t, x] = task not in entry.tasks
+                allowed[t, x] = not {task, _dataset(task)} & set(entry.tasks)
         if not allowed.any(axis=1).all():
             raise ElmError("every expert is a task's own; give mask_own=False")
     queries = [embedder.encode(texts[task]) for task in tasks]
@@ -204,9 +211,12 @@ def train_retriever(
     present = np.arange(counts.max()) < counts[:, None]
 
     rng = np.random.default_rng(config.seed)
-    order = rng.permutation(len(tasks))
-    held = max(1, round(config.heldout_fraction * len(tasks))) if config.heldout_fraction else 0
-    heldout, train = sorted(order[:held]), sorted(order[held:])
+    datasets = sorted({_dataset(task) for task in tasks})  # prompts of one are kept together
+    order = rng.permutation(len(datasets))
+    held = max(1, round(config.heldout_fraction * len(datasets))) if config.heldout_fraction else 0
+    apart = {datasets[i] for i in order[:held]}
+    heldout = [t for t, task in enumerate(tasks) if _dataset(task) in apart]
+    train = [t for t, task in enumerate(tasks) if _dataset(task) not in apart]
 
     def similarity(projection: Any, asked: Any) -> Any:
         """[t, Q, M] -> [t, X]."""

@@ -123,3 +123,20 @@ def test_what_it_cannot_be_trained_on(library: Library) -> None:
         train_retriever(library, WIDE("other"), texts, scores)
     with pytest.raises(ElmError, match="heldout_fraction"):
         SupervisedConfig(heldout_fraction=1.0)
+
+
+def test_prompts_of_a_task_are_kept_together(library: Library) -> None:
+    """They are held out together, and none is taught its own task's expert."""
+    texts, scores = tasks([0, 1])
+    texts = {f"{task}/{prompt}": rows for task, rows in texts.items() for prompt in "ab"}
+    rows = {name: scores[name[:-2]] for name in texts}
+    texts["copy-own/a"], rows["copy-own/a"] = ["copy"], dict.fromkeys(SKILLS, 0.5)
+    config = SupervisedConfig(steps=2, heldout_fraction=0.5)
+    held = train_retriever(library, WIDE(), texts, rows, config).facts["heldout_tasks"]
+    counts = {task[:-2]: sum(name.startswith(task[:-2]) for name in held) for task in held}
+    assert len(counts) in (3, 4) and set(counts.values()) <= {1, 2}
+    assert all(n == 2 or task == "copy-own" for task, n in counts.items())
+    for name in SKILLS:  # each task's own expert and no other
+        texts[f"{name}-own/a"], rows[f"{name}-own/a"] = [name], dict.fromkeys(SKILLS, 0.5)
+    only = {f"{name}-own/a": texts[f"{name}-own/a"] for name in SKILLS}
+    assert train_retriever(library, WIDE(), only, rows, config).facts["heldout_score"]
