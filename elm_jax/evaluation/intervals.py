@@ -181,6 +181,43 @@ def compare(
     )
 
 
+def split_oracle(
+    results: Results, tasks: Sequence[TaskSummary] | None = None
+) -> tuple[float, float] | None:
+    """Returns what the oracle reaches, and what of it is not luck.
+
+    The oracle picks the best of many experts on the examples that it is scored on, so with few
+    examples it gains even where all experts are equal. Here it picks on every other example and is
+    scored on the rest, and the reverse.
+
+    Args:
+      results: what was measured.
+      tasks: which tasks; the target tasks by default.
+
+    Returns:
+      The means over tasks of the oracle and of the split one; None where a task lacks the values of
+      two examples for each of two experts or more.
+    """
+    found: dict[str, list[tuple[float, float]]] = {}
+    for task in results.targets if tasks is None else tasks:
+        rows = [results.scores.get((task.name, e)) for e in results.single_task_experts]
+        values = [r.values for r in rows if r is not None and r.values is not None]
+        if len(values) < 2 or len(values[0]) < 2 or len({len(row) for row in values}) > 1:
+            return None
+        matrix = np.array(values)
+        halves = (np.arange(matrix.shape[1]) % 2 == 0, np.arange(matrix.shape[1]) % 2 == 1)
+        split = (
+            sum(matrix[np.argmax(matrix[:, ~half].mean(1)), half].sum() for half in halves)
+            / matrix.shape[1]
+        )
+        pair = (float(matrix.mean(1).max()), float(split))
+        found.setdefault(task.parent or task.name, []).append(pair)
+    if not found:
+        return None
+    best, split = np.mean([np.mean(pairs, axis=0) for pairs in found.values()], axis=0)
+    return float(best), float(split)
+
+
 def _values(results: Results, name: str, task: str) -> np.ndarray | None:
     """Returns a strategy's or expert's values on a task, empty if not stored; None if not done."""
     if name in results.strategies:

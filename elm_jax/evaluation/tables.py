@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from elm_jax.errors import ElmError
-from elm_jax.evaluation.intervals import LEVEL, Difference, compare
+from elm_jax.evaluation.intervals import LEVEL, Difference, compare, split_oracle
 from elm_jax.evaluation.results import NONE, Results, Strategy, TaskSummary
 
 Value = str | int | float | None
@@ -673,6 +673,12 @@ def findings(results: Results) -> list[str]:
                 f"Retrieval {said} of the gap between the bare backbone ({100 * none:.1f}) and the "
                 f"best expert for each task ({100 * oracle:.1f}, chosen with the test labels)."
             )
+    halves = split_oracle(results)
+    if halves is not None and "oracle" in scores:
+        sentences.append(
+            f"Part of the oracle's {100 * halves[0]:.1f} is luck: where it chooses on one half of "
+            f"the examples and is scored on the other, it reaches {100 * halves[1]:.1f}."
+        )
     if ours:
         sentences += _hits(results, list(ours), f"{noun}s")
         rivals: dict[str, Mapping[str, float]] = {name_of(n): scores[n] for n in bases}

@@ -12,7 +12,7 @@ import pytest
 from elm_jax.cli.main import main
 from elm_jax.errors import ElmError
 from elm_jax.evaluation import report, tables
-from elm_jax.evaluation.intervals import bootstrap, compare
+from elm_jax.evaluation.intervals import bootstrap, compare, split_oracle
 from elm_jax.evaluation.results import (
     Choice,
     ExpertSummary,
@@ -142,6 +142,24 @@ def test_names_and_values_that_are_missing(folder: Path) -> None:
     only = [t for t in Results.load(folder).tasks if t.name == "u1"]
     with pytest.raises(ElmError, match="hold no values of examples"):
         compare(Results.load(folder), "a", "b", tasks=only)
+
+
+def test_an_oracle_among_coins_is_luck(tmp_path: Path) -> None:
+    """Of many experts that are equal the best seems good, until it is scored on other examples."""
+    rng = np.random.default_rng(3)
+    names = [f"e{i}" for i in range(60)]
+    for task in ("t1", "t2", "t3"):
+        for name in names:
+            write_score(tmp_path, score(task, name, rng.binomial(1, 0.5, 40).tolist()))
+    write_experts(tmp_path, [ExpertSummary(i, "lora", ("s",), ("p",), 10, False) for i in names])
+    write_tasks(tmp_path, [TaskSummary(t, 40, "accuracy") for t in ("t1", "t2", "t3")])
+    best, split = split_oracle(Results.load(tmp_path)) or (0, 0)
+    assert best > 0.65 and split == pytest.approx(0.5, abs=0.1)
+    assert any("is luck" in said for said in tables.findings(Results.load(tmp_path)))
+    # One expert that is truly better stays so.
+    for task in ("t1", "t2", "t3"):
+        write_score(tmp_path, score(task, "e7", [1.0] * 40))
+    assert split_oracle(Results.load(tmp_path)) == (1.0, 1.0)
 
 
 def test_values_must_be_those_of_the_score() -> None:
