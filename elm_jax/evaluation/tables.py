@@ -503,6 +503,7 @@ def retrieval(results: Results) -> Table | None:
         for group, tasks in results.groups.items()
         for note in _hits(results, [t.name for t in tasks], f"{group} tasks" if group else "tasks")
     ]
+    notes += _own_hits(results)
     return Table(
         "retrieval",
         "What retrieval chose, and what it could have chosen",
@@ -510,6 +511,33 @@ def retrieval(results: Results) -> Table | None:
         tuple(rows),
         notes=tuple(notes),
     )
+
+
+def _own_hits(results: Results) -> list[str]:
+    """Returns how often retrieval finds the task itself among those that experts were trained on.
+
+    Source: Jang et al. 2023, who count 280 of 296 seen prompts.
+    """
+    tasks_of = {expert.id: expert.tasks for expert in results.experts}
+    prompts_of = {expert.id: expert.prompts for expert in results.experts}
+    trained = {task for tasks in tasks_of.values() for task in tasks}
+    seen = [
+        (task, choice)
+        for task in results.tasks
+        if (choice := results.strategies["retrieved"].choice(task.name)) is not None
+        and (task.parent or task.name) in trained
+    ]
+    if not seen:
+        return []
+    hits = [(t, c) for t, c in seen if (t.parent or t.name) in tasks_of.get(c.expert, ())]
+    said = (
+        f"Retrieval chooses an expert that was trained on the task itself for {len(hits)} of "
+        f"{count_of(len(seen), 'seen task' if seen[0][0].parent is None else 'seen prompt')}"
+    )
+    if seen[0][0].parent is not None:
+        exact = sum(prompts_of[c.expert] == (t.name.removeprefix(f"{t.parent}/"),) for t, c in hits)
+        said += f", and the prompt's own for {exact}"
+    return [f"{said}."]
 
 
 def _hits(results: Results, tasks: Sequence[str], words: str) -> list[str]:
@@ -693,6 +721,8 @@ def findings(results: Results) -> list[str]:
                     f"{_capital(name)} beats retrieval on {len(lost)} of {len(shared)} "
                     f"{noun}s: {listing(lost)}."
                 )
+    if "retrieved" in results.strategies:
+        sentences += _own_hits(results)
     sentences += _above_multitask(results)
     uneven = [
         t.name

@@ -262,9 +262,31 @@ def test_findings_also_speak_against_retrieval(hand: Path) -> None:
         "The bare backbone beats retrieval on 1 of 2 unseen tasks: u2.",
         "The multitask expert beats retrieval on 1 of 2 unseen tasks: u2.",
         "Always giving the commonest answer beats retrieval on 1 of 2 unseen tasks: u2.",
+        "Retrieval chooses an expert that was trained on the task itself for 1 of 1 seen task.",
         "None of the 2 single-task experts average above the multitask expert (40.0) on the "
         "unseen tasks.",
     ]
+
+
+def test_hits_on_seen_prompts(tmp_path: Path) -> None:
+    """Of three seen prompts retrieval finds one's own expert, another prompt's, another task's."""
+    chosen = {"s1/p": "s1--p", "s1/q": "s1--p", "s2/p": "s1--p"}
+    experts = [
+        ExpertSummary("s1--p", "lora", ("s1",), ("p",), 9, False),
+        ExpertSummary("s2--p", "lora", ("s2",), ("p",), 9, False),
+    ]
+    write_experts(tmp_path, experts)
+    write_tasks(
+        tmp_path,
+        [TaskSummary(n, 4, "accuracy", group="seen", parent=n.partition("/")[0]) for n in chosen],
+    )
+    choices = [Choice(task, name, 0.5, "accuracy") for task, name in chosen.items()]
+    write_strategy(tmp_path, Strategy("retrieved", BACKBONE, 0, tuple(choices)))
+    table = tables.retrieval(Results.load(tmp_path))
+    assert table is not None and table.notes[-1] == (
+        "Retrieval chooses an expert that was trained on the task itself for 2 of 3 seen prompts, "
+        "and the prompt's own for 1."
+    )
 
 
 def test_means_cover_only_what_all_strategies_did(hand: Path) -> None:
