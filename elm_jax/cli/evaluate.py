@@ -156,6 +156,7 @@ class _Libraries:
         self._paths = dict(map(_named, libraries))
         self._embedders = dict(map(_named, embedders))
         self._read: dict[str | None, tuple[Any, Any]] = {}
+        self._loaded: dict[str, Any] = {}
 
     def of(self, with_: str) -> tuple[Any, Any]:
         """Returns the library that a strategy searches, and its embedder; else two Nones."""
@@ -175,11 +176,13 @@ class _Libraries:
             )
         if name not in self._read:
             from elm_jax.evaluation.encoder import find_embedder
-            from elm_jax.retrieval import Library
+            from elm_jax.retrieval import CachedEmbedder, Library
 
             library = Library.load(self._paths[name])
             wanted = self._embedders.get(name, library.space.name)
-            self._read[name] = library, find_embedder(wanted)
+            if wanted not in self._loaded:  # strategies ask for the same instances again
+                self._loaded[wanted] = CachedEmbedder(find_embedder(wanted))
+            self._read[name] = library, self._loaded[wanted]
         return self._read[name]
 
 

@@ -5,7 +5,12 @@ by maximum inner product; the queries of a new task vote for the expert that own
 """
 
 from elm_jax.retrieval.compare import LibraryChange, compare_libraries
-from elm_jax.retrieval.embedder import Embedder, SentenceEmbedder, load_embedder
+from elm_jax.retrieval.embedder import (
+    CachedEmbedder,
+    Embedder,
+    SentenceEmbedder,
+    load_embedder,
+)
 from elm_jax.retrieval.index import MaxInnerProductIndex
 from elm_jax.retrieval.library import (
     KeySpace,
@@ -28,6 +33,7 @@ from elm_jax.retrieval.vote import Candidate, majority_vote
 __all__ = [
     "TEXT_FORMAT",
     "TEXT_FORMATS",
+    "CachedEmbedder",
     "Candidate",
     "Embedder",
     "KeySpace",

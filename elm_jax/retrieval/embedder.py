@@ -6,7 +6,7 @@ import functools
 import hashlib
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -114,6 +114,34 @@ class SentenceEmbedder:
         vectors = np.empty(encoded.shape, np.float32)
         vectors[order] = encoded
         return vectors
+
+
+@dataclass(frozen=True, eq=False)
+class CachedEmbedder:
+    """An embedder that keeps the vectors of each list of texts it was asked for.
+
+    Lists and not texts, as a vector's last bits may depend on the texts beside it in a batch.
+    """
+
+    base: Embedder
+    kept: dict[tuple[str, ...], FloatArray] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The base's name."""
+        return self.base.name
+
+    @property
+    def dimension(self) -> int:
+        """M, the length of a vector."""
+        return self.base.dimension
+
+    def encode(self, texts: Sequence[str], progress: bool = False) -> FloatArray:
+        """Embeds texts: float32 [len(texts), M], which are not to be written to."""
+        key = tuple(texts)
+        if key not in self.kept:
+            self.kept[key] = self.base.encode(texts, progress)
+        return self.kept[key]
 
 
 def load_embedder(name: str = MINILM) -> SentenceEmbedder:

@@ -15,7 +15,13 @@ import numpy as np
 import pytest
 
 from elm_jax.errors import ElmError
-from elm_jax.retrieval import Library, compare_libraries, format_instance, read_store
+from elm_jax.retrieval import (
+    CachedEmbedder,
+    Library,
+    compare_libraries,
+    format_instance,
+    read_store,
+)
 from elm_jax.retrieval.library import KeySpace
 
 
@@ -190,6 +196,16 @@ def test_fewer_keys_embed_fewer_instances_and_leave_none_behind(store: Path) -> 
     whole = Library.build(store, embedder)
     assert len(embedder.seen) == 18 and len(list(store.glob("*/keys.npy"))) == 3
     np.testing.assert_array_equal(small.keys, whole.keys.reshape(3, 6, -1)[:, :2].reshape(6, -1))
+
+
+def test_what_was_embedded_is_kept_by_list(store: Path) -> None:
+    base = BagOfWords()
+    library, cached = Library.build(store, BagOfWords()), CachedEmbedder(base)
+    texts = [format_instance("the soup was warm"), format_instance("a stormy sea")]
+    first = library.retrieve(texts, cached)
+    assert library.retrieve(texts, cached, rule="weighted").expert == first.expert
+    assert len(base.seen) == 2
+    np.testing.assert_array_equal(cached.encode(texts[:1]), base.encode(texts[:1]))
 
 
 def test_patterns_choose_experts_and_must_match(store: Path) -> None:
