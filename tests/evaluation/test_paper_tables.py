@@ -197,7 +197,13 @@ def test_own_names(results: r.Results) -> None:
         paper_table("8", results)
 
 
-def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "240")  # narrower terminals get names cut
     results = ["tables", "--results", str(folder)]
     assert main([*results, "--table", "1"]) == 0
     said = capsys.readouterr().out
