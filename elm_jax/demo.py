@@ -1,7 +1,8 @@
 """The whole way on the embedded backbone and suite, as `make demo` runs it.
 
 Trains an expert for every training task of `mini` and a multitask baseline of the same budget,
-builds the library, evaluates on the unseen tasks, merges two experts and writes the report.
+builds the library, evaluates on the unseen tasks, merges two experts, compares, and writes the
+report.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ def demo(output: Path) -> None:
             f"--output {results} --max-targets-length 16 --max-examples 50 "
             "--with all none random multitask merged retrieved oracle"
         ),
+        "compare": run(f"compare {results} --baseline random"),
         "report": run(f"report {results} --output {output / 'report'}"),
     }
     print("\nmean score over the unseen tasks, and seconds taken")
