@@ -70,8 +70,8 @@ def draw(size: dict[str, int]) -> tuple[Any, Any]:
     return inputs, targets
 
 
-def jax_step(name: str, size: dict[str, int]) -> tuple[Step, dict[str, str]]:
-    """Builds the production step for a stack of one expert."""
+def jax_program(name: str, size: dict[str, int]) -> tuple[Any, Any, tuple[Any, ...]]:
+    """Builds the production step for a stack of one expert: (compiled, state, other arguments)."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -81,10 +81,10 @@ def jax_step(name: str, size: dict[str, int]) -> tuple[Step, dict[str, str]]:
     from elm_jax.models import T5, T5Config, get_spec
     from elm_jax.training import OptimizerSpec, TrainState, make_optimizer, make_train_step
 
-    _, kind, *rest = name.split("_")
+    _, kind, *per_element = name.split("_")
     config = T5Config(
         size["vocab"], size["dim"], size["heads"], size["head_dim"], size["mlp"],
-        size["layers"], size["layers"], dropout_rate=DROPOUT, dropout_broadcast=not rest,
+        size["layers"], size["layers"], dropout_rate=DROPOUT, dropout_broadcast=not per_element,
     )  # fmt: skip
     spec = get_spec(kind, **({"rank": RANK} if kind == "lora" else {"bottleneck": BOTTLENECK}))
     backbone = initialize(config, seed=0).params
@@ -100,10 +100,19 @@ def jax_step(name: str, size: dict[str, int]) -> tuple[Step, dict[str, str]]:
     expert = jax.vmap(lambda key: init_expert(config, spec, key))(keys)
     state = TrainState(jnp.zeros((), jnp.int32), expert, jax.vmap(optimizer.init)(expert))
     train_step = jax.jit(make_train_step(T5(config, spec), spec, optimizer), donate_argnums=0)
+    rest = (backbone, keys, batch)
+    return train_step.lower(state, *rest).compile(), state, rest
+
+
+def jax_step(name: str, size: dict[str, int]) -> tuple[Step, dict[str, str]]:
+    """Returns the production step as a loop calls it."""
+    import jax
+
+    train_step, state, rest = jax_program(name, size)
 
     def step() -> float:
         nonlocal state
-        state, metrics = train_step(state, backbone, keys, batch)
+        state, metrics = train_step(state, *rest)
         jax.block_until_ready(state)
         return float(metrics["loss"][0])
 
