@@ -140,10 +140,12 @@ def join(args: argparse.Namespace) -> bool:
     To be called before anything of JAX is imported: with several processes what follows runs in a
     child, see `watch`.
     """
+    met = None
     if args.distributed != "none":
         from elm_jax.cli import watch
 
-        watch.stay_behind()
+        process = "" if args.process is None else " --process {}/{}".format(*args.process)
+        met = watch.stay_behind(f"--distributed {args.distributed}{process}")
         _keep_stdout()
     from elm_jax.training import distributed
 
@@ -153,6 +155,8 @@ def join(args: argparse.Namespace) -> bool:
         args.process,
         heartbeat=distributed.HEARTBEAT_SECONDS if heartbeat is None else heartbeat,
     )
+    if met is not None:
+        met()
     distributed.stop_on_sigterm()
     return distributed.is_writer()
 

@@ -13,7 +13,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -49,7 +49,11 @@ def initialize(
       heartbeat: seconds after which a silent process counts as lost.
 
     Where a process is lost, JAX aborts the others (SIGABRT) once they miss it: at the next
-    collective or after `heartbeat`, whichever tells first.
+    collective or after `heartbeat`, whichever tells first. It also aborts process 0, and under
+    SLURM and the like any process, where the others do not come within `timeout`.
+
+    A process that is alone on its host takes all of its devices; of several under SLURM or Open
+    MPI each takes one, as JAX has it.
 
     Raises:
       ElmError: for an unknown way, one that this environment is not, or others that do not answer.
@@ -63,10 +67,11 @@ def initialize(
     limits: dict[str, Any] = {
         "initialization_timeout": timeout,
         "heartbeat_timeout_seconds": heartbeat,
+        "shutdown_timeout_seconds": heartbeat,  # one that failed waits no longer for the others
     }
     if ":" in how:
         host, _, port = how.rpartition(":")
-        if not host or not port.isdigit():
+        if not host or not port.isdigit() or not 0 < int(port) < 2**16:
             raise ElmError(f"--distributed {how!r}: expected HOST:PORT, such as 10.0.0.1:1234")
         if process is None:
             raise ElmError(f"--distributed {how} needs --process I/N, I from 0")
@@ -74,9 +79,10 @@ def initialize(
         if not 0 <= index < count:
             raise ElmError(f"process must be I/N with 0 <= I < N, got {index}/{count}")
         limits |= {"coordinator_address": how, "process_id": index, "num_processes": count}
+        limits |= {"cluster_detection_method": "deactivate"}  # what the user says holds
         tried = f"process {index} of {count}, coordinator {how}"
         if index:  # JAX ends the process where nobody answers, without an error to catch
-            _wait_for(host, int(port), timeout, tried)
+            _wait_for(host.strip("[]"), int(port), timeout, tried)
     elif how in WAYS:
         if process is not None:
             raise ElmError(f"--process I/N is for --distributed HOST:PORT, not {how!r}")
@@ -85,6 +91,8 @@ def initialize(
                 f"--distributed {how}: {_MARKS[how]} is not set, so this is no {how} job"
             )
         limits |= {"cluster_detection_method": _JAX_WAYS[how]}
+        if _alone_on_host() and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
+            limits |= {"local_device_ids": []}  # JAX's own choice is one device
         tried = f"found by {how!r}"
     else:
         raise ElmError(
@@ -93,9 +101,20 @@ def initialize(
         )
     try:
         jax.distributed.initialize(**limits)
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise _not_met(timeout, tried, reason) from error
+    except ValueError as error:
+        raise ElmError(
+            f"--distributed {how}: JAX does not find the processes of this run ({error}); name "
+            "them by --distributed HOST:PORT --process I/N"
+        ) from error
+    except RuntimeError as error:
+        raise _not_met(timeout, tried, str(error).strip().split("\n")[0]) from error
+
+
+def _alone_on_host() -> bool:
+    """Whether SLURM or Open MPI started no other process of this run on this host."""
+    if (count := os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")) is not None:
+        return count == "1"
+    return os.environ.get("SLURM_GTIDS", "").isdigit()  # the tasks of this node, with commas
 
 
 def _wait_for(host: str, port: int, timeout: int, tried: str) -> None:
@@ -122,12 +141,31 @@ def is_writer() -> bool:
     return jax.process_index() == 0
 
 
-def barrier(name: str) -> None:
-    """Waits until every process is here."""
+def once(write: Callable[[], object]) -> None:
+    """Lets process 0 do what is done once, and waits for it.
+
+    Where it fails, the others would wait for process 0 until they are aborted; so all fail.
+
+    Raises:
+      Exception: what `write` raises, in process 0; an ElmError with its text in the others.
+    """
+    failed: Exception | None = None
+    if is_writer():
+        try:
+            write()
+        except Exception as error:
+            failed = error
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
-        multihost_utils.sync_global_devices(name)
+        size = 1024
+        text = f"{failed or ''}" or (type(failed).__name__ if failed else "")
+        said = np.frombuffer(text.encode()[:size].ljust(size, b"\0"), np.uint8)
+        told = multihost_utils.broadcast_one_to_all(said).tobytes().rstrip(b"\0")
+        if told and failed is None:
+            raise ElmError(f"process 0 of this run failed: {told.decode(errors='ignore')}")
+    if failed is not None:
+        raise failed
 
 
 def put(tree: Tree, shardings: Any) -> Tree:
@@ -192,11 +230,18 @@ def only_run(folder: epath.Path) -> Iterator[None]:
     The lock goes with its process, so a killed run leaves none. Buckets have no locks.
 
     Raises:
-      ElmError: if another process holds the folder.
+      ElmError: if another process holds the folder, in all processes of this run.
     """
-    if not is_writer() or "://" in os.fspath(folder):
+    if "://" in os.fspath(folder):
         yield
         return
+    with contextlib.ExitStack() as held:
+        once(lambda: held.enter_context(_lock(folder)))
+        yield
+
+
+@contextlib.contextmanager
+def _lock(folder: epath.Path) -> Iterator[None]:
     import fcntl
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ import os, signal, sys, time
 from elm_jax.cli import watch
 parent = os.getpid()
 print("once", end=" ")
-watch.stay_behind()
+met = watch.stay_behind("as tried")
 """
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux's prctl")
 
@@ -34,7 +34,8 @@ def start(code: str) -> subprocess.Popen[str]:
         ("sys.exit(75)", 75),
         ("raise ValueError('x')", 1),
         ("os.kill(os.getpid(), signal.SIGKILL)", 137),
-        ("os.abort()", 134),
+        ("met(); os.abort()", 134),
+        ("os.abort()", 1),
     ],
 )
 def test_status_is_that_of_the_child(code: str, status: int) -> None:
@@ -43,6 +44,7 @@ def test_status_is_that_of_the_child(code: str, status: int) -> None:
     assert process.returncode == status
     assert out.count("once") == 1 and ("child True" in out) == (status == 0)
     assert ("another process of this run was lost" in err) == (status == 134)
+    assert ("did not meet (as tried)" in err) == ("abort" in code and status == 1)
 
 
 def test_sigterm_is_passed_on() -> None:

@@ -273,9 +273,9 @@ def test_one_process_stops_and_a_second_run_on_its_folder_is_refused(
         command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     wait_for_a_checkpoint(tmp_path / "store", [first])
-    second = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
-    assert second.returncode == 1 and "is in use by another run" in second.stderr, second.stderr
-    assert f"process {first.pid}" in second.stderr
+    for code, _, err in finish(start(command, 2)):  # also the process that does not look
+        assert code == 1 and "is in use by another run" in err and "Traceback" not in err, err
+        assert f"process {first.pid}" in err
     first.send_signal(signal.SIGTERM)
     [(code, _, err)] = finish([first])
     assert code == 75 and "the same command goes on from there" in err
@@ -299,6 +299,7 @@ def test_a_coordinator_that_never_answers() -> None:
         ("slrum", None, "did you mean 'slurm'"),
         ("slurm", None, "SLURM_JOB_ID is not set"),
         ("host:port", None, "expected HOST:PORT"),
+        ("host:99999", (1, 2), "expected HOST:PORT"),
         ("10.0.0.1:1234", None, "needs --process"),
         ("10.0.0.1:1234", (2, 2), "0 <= I < N, got 2/2"),
         ("none", (0, 2), "needs --distributed HOST:PORT"),
@@ -311,3 +312,59 @@ def test_bad_ways(
     with pytest.raises(ElmError) as raised:
         distributed.initialize(how, process)
     assert said in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("how", "process", "environment", "devices"),
+    [
+        # One process a node has all of its devices, though JAX would give it the first alone.
+        ("slurm", None, {"SLURM_JOB_ID": "7", "SLURM_GTIDS": "3"}, []),
+        ("slurm", None, {"SLURM_JOB_ID": "7", "SLURM_GTIDS": "2,3"}, None),
+        (
+            "slurm",
+            None,
+            {"SLURM_JOB_ID": "7", "SLURM_GTIDS": "3", "JAX_LOCAL_DEVICE_IDS": "1"},
+            None,
+        ),
+        ("auto", None, {"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "SLURM_GTIDS": "0,1"}, []),
+        ("auto", None, {}, None),
+        ("10.0.0.1:1234", (0, 2), {"SLURM_JOB_ID": "7", "SLURM_LOCALID": "0"}, None),
+    ],
+)
+def test_devices_of_a_process(
+    how: str,
+    process: tuple[int, int] | None,
+    environment: dict[str, str],
+    devices: list[int] | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "JAX_LOCAL"))]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    asked: dict[str, object] = {}
+    monkeypatch.setattr("jax.distributed.initialize", lambda **limits: asked.update(limits))
+    distributed.initialize(how, process)
+    assert asked.get("local_device_ids") == devices
+    # Named by the user, nothing is looked for in the environment.
+    assert (asked["cluster_detection_method"] == "deactivate") == (process is not None)
+
+
+def test_all_fail_where_process_0_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    said: list[np.ndarray] = []
+
+    def broadcast(text: np.ndarray) -> np.ndarray:
+        said.append(text)
+        return said[0]
+
+    monkeypatch.setattr("jax.experimental.multihost_utils.broadcast_one_to_all", broadcast)
+
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        distributed.once(full)
+    monkeypatch.setattr(distributed, "is_writer", lambda: False)
+    with pytest.raises(ElmError, match="process 0 of this run failed: .*No space left on device"):
+        distributed.once(full)
