@@ -46,6 +46,8 @@ FILE_NAME = "templates.yaml"
 # Stands for a template's `|||` while it renders, so that bars in the data need no escaping: Unicode
 # noncharacters, which text does not hold, and three, so that cuts fall where they would.
 _SEPARATOR = "\ufdd0\ufdd1\ufdd2"
+# What promptsource puts for `|||` in the data. Templates that split a field (multi_news) name it.
+_PROTECTED_BARS = "3ed2dface8203c4c9dfb1a5dc58e41e0"
 # Not an identifier: the filter finds its generator under it, and no template can name it.
 _GENERATOR = "random generator"
 _BUDGET = "loop budget"
@@ -331,8 +333,8 @@ class _AnswerChoices(list[str]):
     """The choices as a template sees them: -1, a hidden label, does not read as the last one."""
 
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, int) and index < 0:
-            raise IndexError(index)
+        if isinstance(index, int) and not 0 <= index < len(self):
+            raise ElmError(f"label {index} is none of its {len(self)} answer choices")
         return super().__getitem__(index)
 
 
@@ -340,7 +342,7 @@ class _AnswerChoices(list[str]):
 def _compile(text: str, *, cut: bool) -> tuple[jinja2.Template, frozenset[str]]:
     """Compiles a template; returns it with the names that it reads from outside."""
     environment = _environment(cut)
-    tree = environment.parse(text.replace("|||", _SEPARATOR))
+    tree = environment.parse(text.replace("|||", _SEPARATOR).replace(_PROTECTED_BARS, "|||"))
     fields = meta.find_undeclared_variables(tree) - environment.globals.keys()
     return environment.from_string(_CountSteps().visit(tree)), frozenset(fields)
 

@@ -147,6 +147,16 @@ def test_separator_in_the_data_does_not_split() -> None:
     assert prompt.apply(row) == Rendered("a|||b c ||| d| a|||b", ["x|||y"], ["x|||y", "z"])
 
 
+def test_templates_may_split_at_protected_bars() -> None:
+    """As multi_news does: promptsource puts these 32 letters for three bars in the data."""
+    prompt = template(
+        '{% set docs = document.split("3ed2dface8203c4c9dfb1a5dc58e41e0||") %}'
+        '{{ docs | join("+") }} ||| y'
+    )
+    rendered = prompt.apply({"document": "a ||||| b ||| c"})
+    assert rendered == Rendered("a + b ||| c", ["y"], None)
+
+
 def test_cut_at_2048_characters() -> None:
     prompt = template("{{ text }}|||{{ answer_choices[0] }}", "{{ text }} ||| no")
     for length, left in ((2048, 2048), (2053, 2053), (2054, 2048), (9000, 2048)):
@@ -207,9 +217,12 @@ def test_errors_name_the_field() -> None:
         prompt.apply({"premis": "", "answers": {"text": ""}, "label": 0})
     with pytest.raises(ElmError, match="has no attribute 'text'"):
         prompt.apply({"premise": "", "answers": {}, "label": 0})
-    for label in (-1, 2, "1", None):
-        with pytest.raises(ElmError, match="AnswerChoices"):
+    for label in (-1, 2):
+        with pytest.raises(ElmError, match=f"label {label} is none of its 2 answer choices"):
             prompt.apply({"premise": "p", "answers": {"text": "t"}, "label": label})
+    for wrong in ("1", None):
+        with pytest.raises(ElmError, match="AnswerChoices"):
+            prompt.apply({"premise": "p", "answers": {"text": "t"}, "label": wrong})
     with pytest.raises(ElmError, match="needs the field 'fine_label'; the row has label"):
         template("x ||| {{ answer_choices[fine_label] }}", "a ||| b").apply({"label": 0})
     branches = template("{% if x %}{{ x[3] }}{% else %}{{ other }}{% endif %} ||| y")
@@ -466,7 +479,7 @@ def test_command_draws_reproducibly(raw: Path, tmp_path: Path) -> None:
             {"txt": "a", "label": 1},
             r"train\.jsonl\.gz:2: prompt 'Is it good\? ' needs the field 'text'",
         ),
-        ({"text": "a", "label": 7}, r"train\.jsonl\.gz:2: .*no element 7"),
+        ({"text": "a", "label": 7}, r"train\.jsonl\.gz:2: .*label 7 is none of its 2"),
         ('{"text": ', r"train\.jsonl\.gz:2: not JSON"),
         ("[1]", r"train\.jsonl\.gz:2: a row must be a JSON object"),
     ],

@@ -57,6 +57,8 @@ class P3Prompt:
       choices: 'fixed' where all rows share their answer choices, 'row' where each has its own,
         'none' for free text.
       recipe: of its expert in the published code; None for an evaluation prompt.
+      answer_choices: in place of the template's, for the two prompts whose own lack a target; the
+        published code, too, has lists of its own there.
     """
 
     dataset: str
@@ -64,6 +66,7 @@ class P3Prompt:
     metric: str
     choices: str
     recipe: Recipe | None
+    answer_choices: tuple[str, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -291,4 +294,6 @@ def _prompt(dataset: str, row: Sequence[object]) -> P3Prompt:
     if len(row) == 2:  # evaluation prompts are all ranked
         return P3Prompt(dataset, str(row[0]), "accuracy", str(row[1]), None)
     prompt, metric, choices, *recipe = row
-    return P3Prompt(dataset, str(prompt), str(metric), str(choices), Recipe(*recipe))  # type: ignore[arg-type]
+    listed = tuple(map(str, choices)) if isinstance(choices, list) else None
+    kind = "fixed" if listed else str(choices)
+    return P3Prompt(dataset, str(prompt), str(metric), kind, Recipe(*recipe), listed)  # type: ignore[arg-type]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import logging
 import os
 import re
@@ -18,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from elm_jax.data.examples import SUFFIXES, Example, TaskData, numbered_lines
+from elm_jax.data.examples import SUFFIXES, Example, TaskData, numbered_lines, parse_json
 from elm_jax.data.p3.catalog import P3Dataset, P3Prompt, catalog
 from elm_jax.data.templates import Rendered, Template, Templates, find_dataset, load_templates
 from elm_jax.errors import ElmError, nearest
@@ -311,6 +310,8 @@ def convert(
     choices = rendered.answer_choices and list(dict.fromkeys(rendered.answer_choices))
     if prompt.choices == "none":
         choices = None
+    if prompt.answer_choices is not None:
+        choices = list(prompt.answer_choices)
     entry = {
         "inputs": rendered.inputs,
         "targets": rendered.targets,
@@ -426,10 +427,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """
     rows = []
     for number, line in numbered_lines(path):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ElmError(f"{path}:{number}: broken JSON ({error})") from None
+        row = parse_json(line, f"{path}:{number}")
         if not isinstance(row, dict):
             raise ElmError(f"{path}:{number}: a row must be a JSON object")
         rows.append(row)
