@@ -102,8 +102,8 @@ def expert_scores(results: Results, expert: str) -> Scores:
 def strategy_scores(results: Results, name: str) -> Scores:
     """Returns the scores of a strategy's choices by task and prompt.
 
-    A choice for a whole task counts for the prompts that its expert's score lists. One without a
-    stored score, as a merge has none, counts where it is for a single prompt.
+    A choice for a whole task counts for the prompts that it lists itself, as one of merged experts
+    does, or that its expert's score lists.
     """
     found: dict[str, dict[str, float]] = {}
     if name not in results.strategies:
@@ -111,21 +111,25 @@ def strategy_scores(results: Results, name: str) -> Scores:
     for choice in results.strategies[name].tasks:
         score = results.scores.get((choice.task, choice.expert))
         task, slash, prompt = choice.task.partition("/")
-        if score is not None and score.score == choice.score:
+        if choice.per_prompt is not None:
+            found.setdefault(task, {}).update(_scores_of(choice.per_prompt))
+        elif score is not None and score.score == choice.score:
             _add(found, score)
         elif slash:
             found.setdefault(task, {})[prompt] = choice.score
-        elif score is not None and len(score.per_prompt) == 1:
-            found.setdefault(task, {})[next(iter(score.per_prompt))] = choice.score
     return found
 
 
 def _add(found: dict[str, dict[str, float]], score: Score) -> None:
     task, slash, prompt = score.task.partition("/")
-    prompts = {name: entry["score"] for name, entry in score.per_prompt.items()}
+    prompts = _scores_of(score.per_prompt)
     if not prompts and slash:
         prompts = {prompt: score.score}
     found.setdefault(task, {}).update(prompts)
+
+
+def _scores_of(prompts: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    return {name: entry["score"] for name, entry in prompts.items()}
 
 
 def _prompts(dataset: SuiteDataset, scores: Mapping[str, float]) -> dict[str, float]:

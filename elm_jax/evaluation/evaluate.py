@@ -27,6 +27,8 @@ from elm_jax.decoding import (
     GenerationConfig,
     choice_log_probs,
     generate,
+    mixed_choice_log_probs,
+    mixed_generate,
     stacked_choice_log_probs,
     stacked_generate,
 )
@@ -34,7 +36,7 @@ from elm_jax.decoding.rank import rank
 from elm_jax.errors import ElmError, nearest
 from elm_jax.evaluation import metrics, results
 from elm_jax.evaluation.retrieval import RETRIEVED, RetrievalSpec, is_retrieval
-from elm_jax.experts import ExpertInfo, ExpertStore, check_backbone, merge_trees, stack
+from elm_jax.experts import ExpertInfo, ExpertPool, ExpertStore, check_backbone, merge_trees, stack
 from elm_jax.experts.store import expert_id
 from elm_jax.experts.tree import Tree
 from elm_jax.models import T5, ExpertSpec
@@ -169,9 +171,18 @@ def make_units(tasks: Sequence[TaskData], options: EvaluationOptions) -> list[Un
 
 
 def batches_of(
-    unit: Unit, vocabulary: Vocabulary, options: EvaluationOptions
+    unit: Unit,
+    vocabulary: Vocabulary,
+    options: EvaluationOptions,
+    groups: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
     """Goes once through a unit, sorted by length, in batches of few different shapes.
+
+    Args:
+      unit: whose examples.
+      vocabulary: of the backbone.
+      options: the size of a batch, and how long inputs and choices may be.
+      groups: examples that may share a batch, by their places in the unit; all by default.
 
     Yields:
       int64 [n <= B], which examples these are; int32 [B, T], their inputs (the last row repeated
@@ -191,20 +202,135 @@ def batches_of(
         choices = [[encoded[c] for c in e.answer_choices or ()] for e in unit.examples]
     width = max((len(row) for row in choices), default=0)
     longest = max((len(choice) for row in choices for choice in row), default=0)
-    order = np.argsort([len(ids) for ids in inputs], kind="stable")
-    for start in range(0, len(order), options.batch_size):
-        rows = order[start : start + options.batch_size]
-        filled = np.pad(rows, (0, options.batch_size - len(rows)), mode="edge")
-        length = max(len(inputs[i]) for i in rows)
-        length = next((size for size in BUCKETS if size >= length), length)
-        tokens = np.zeros((len(filled), length), np.int32)
-        packed = np.zeros((len(filled), width, longest), np.int32) if unit.ranked else None
-        for place, i in enumerate(filled):
-            tokens[place, : len(inputs[i])] = inputs[i]
-            if packed is not None:
-                for c, choice in enumerate(choices[i]):
-                    packed[place, c, : len(choice)] = choice
-        yield rows, tokens, packed
+    lengths = np.array([len(ids) for ids in inputs])
+    for group in [range(len(inputs))] if groups is None else groups:
+        order = np.asarray(group)[np.argsort(lengths[group], kind="stable")]
+        for start in range(0, len(order), options.batch_size):
+            rows = order[start : start + options.batch_size]
+            filled = _filled(rows, options.batch_size)
+            length = int(lengths[rows].max())
+            length = next((size for size in BUCKETS if size >= length), length)
+            tokens = np.zeros((len(filled), length), np.int32)
+            packed = np.zeros((len(filled), width, longest), np.int32) if unit.ranked else None
+            for place, i in enumerate(filled):
+                tokens[place, : len(inputs[i])] = inputs[i]
+                if packed is not None:
+                    for c, choice in enumerate(choices[i]):
+                        packed[place, c, : len(choice)] = choice
+            yield rows, tokens, packed
+
+
+def _filled(rows: np.ndarray, size: int) -> np.ndarray:
+    """Repeats the last row until the batch is full."""
+    return np.pad(rows, (0, size - len(rows)), mode="edge")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Answerer:
+    """Something that answers a batch, X times over.
+
+    Attributes:
+      width: X.
+      log_probs: from which examples, int32 [B, T] and int32 [B, C, U] to float32 [X, B, C], and the
+        tokens of each choice, int32 [B, C].
+      write: from which examples, int32 [B, T] and a key for each, or None, to int32 [X, B, U].
+    """
+
+    width: int
+    log_probs: Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[Any, np.ndarray]]
+    write: Callable[[np.ndarray, np.ndarray, Any], Any]
+
+
+def _stacked(
+    options: EvaluationOptions,
+    config: Any,
+    params: Tree,
+    spec: ExpertSpec | None,
+    experts: Sequence[Tree],
+) -> _Answerer:
+    """Answers with each of X experts or, with spec None, the backbone alone."""
+    model, how = T5(config, spec), options.decoding
+    if spec is None:
+        bare = {"params": params}
+
+        def bare_log_probs(which: Any, tokens: Any, choices: Any) -> tuple[Any, np.ndarray]:
+            scores, counts = choice_log_probs(model, bare, tokens, choices)
+            return scores[None], counts
+
+        return _Answerer(
+            1,
+            bare_log_probs,
+            lambda which, tokens, keys: generate(model, bare, tokens, how, keys).tokens[None, :, 0],
+        )
+    stacked = jax.device_put(stack([from_storage(expert, config) for expert in experts]))
+    common = (model, spec, params, stacked)
+    return _Answerer(
+        len(experts),
+        lambda which, tokens, choices: stacked_choice_log_probs(*common, tokens, choices),
+        lambda which, tokens, keys: stacked_generate(*common, tokens, how, keys).tokens[:, :, 0],
+    )
+
+
+def _mixed(
+    options: EvaluationOptions, params: Tree, pool: ExpertPool, experts: Sequence[str]
+) -> _Answerer:
+    """Answers each example with the expert of its place in `experts`."""
+    model, how = T5(pool.config, pool.spec), options.decoding
+
+    def log_probs(which: Any, tokens: Any, choices: Any) -> tuple[Any, np.ndarray]:
+        places = pool.places([experts[i] for i in which])
+        scores, counts = mixed_choice_log_probs(
+            model, params, pool.experts, places, tokens, choices
+        )
+        return scores[None], counts
+
+    def write(which: Any, tokens: Any, keys: Any) -> Any:
+        places = pool.places([experts[i] for i in which])
+        found = mixed_generate(model, params, pool.experts, places, tokens, how, keys)
+        return found.tokens[None, :, 0]
+
+    return _Answerer(1, log_probs, write)
+
+
+def _answers(
+    unit: Unit,
+    vocabulary: Vocabulary,
+    options: EvaluationOptions,
+    answerer: _Answerer,
+    groups: Sequence[Sequence[int]] | None = None,
+) -> list[list[str]]:
+    """Returns the answers [X][n]; empty for examples in none of the groups (see `batches_of`)."""
+    answers = [[""] * len(unit.examples) for _ in range(answerer.width)]
+    seed = jax.random.key(options.seed)
+    for rows, tokens, choices in batches_of(unit, vocabulary, options, groups):
+        which = _filled(rows, len(tokens))
+        if choices is not None:
+            scores, counts = answerer.log_probs(which, tokens, choices)
+            best = np.asarray(rank(scores, counts, mean=options.mean_log_prob))
+        else:
+            keys = None
+            if options.decoding.do_sample:  # an example draws the same in any batch
+                keys = jax.vmap(functools.partial(jax.random.fold_in, seed))(which)
+            written = np.asarray(answerer.write(which, tokens, keys))
+        for x, said in enumerate(answers):
+            for place, i in enumerate(rows):
+                if choices is not None:
+                    said[i] = (unit.examples[i].answer_choices or ())[int(best[x, place])]
+                else:
+                    said[i] = vocabulary.decode(written[x, place].tolist())
+    return answers
+
+
+def rate(unit: Unit, options: EvaluationOptions, answers: Sequence[str]) -> np.ndarray:
+    """Returns the metric of each example of a unit, float32 [n]."""
+    targets = [example.targets for example in unit.examples]
+    if unit.ranked:
+        values = [metrics.exact_match(a, t) for a, t in zip(answers, targets, strict=True)]
+    else:
+        values = metrics.score_each(
+            options.metric(unit), answers, targets, model=options.bert_score_model
+        )
+    return np.asarray(values, np.float32)
 
 
 def score_examples(
@@ -223,51 +349,40 @@ def score_examples(
     Returns:
       float32 [X, n], the metric of each example; and the answers, [X][n].
     """
-    model = T5(config, spec)
-    experts = [from_storage(expert, config) for expert in experts]
-    stacked = jax.device_put(stack(list(experts))) if spec is not None else None
-    width = max(len(experts), 1)
-    values = np.zeros((width, len(unit.examples)), np.float32)
-    answers = [[""] * len(unit.examples) for _ in range(width)]
-    seed = jax.random.key(options.seed)
-    for rows, tokens, choices in batches_of(unit, vocabulary, options):
-        if choices is not None:
-            if spec is None:
-                scores, counts = choice_log_probs(model, {"params": params}, tokens, choices)
-                scores = scores[None]
-            else:
-                scores, counts = stacked_choice_log_probs(
-                    model, spec, params, stacked, tokens, choices
-                )
-            best = np.asarray(rank(scores, counts, mean=options.mean_log_prob))
-        else:
-            how, keys = options.decoding, None
-            if how.do_sample:
-                # An example draws the same in any batch; the repeated last rows are not looked at.
-                order = np.pad(rows, (0, len(tokens) - len(rows)), mode="edge")
-                keys = jax.vmap(functools.partial(jax.random.fold_in, seed))(order)
-            if spec is None:
-                found = generate(model, {"params": params}, tokens, how, keys)
-                out = np.asarray(found.tokens)[None, :, 0]
-            else:
-                found = stacked_generate(model, spec, params, stacked, tokens, how, keys)
-                out = np.asarray(found.tokens)[:, :, 0]
-        for x in range(width):
-            for place, i in enumerate(rows):
-                example = unit.examples[i]
-                if choices is not None:
-                    answer = (example.answer_choices or ())[int(best[x, place])]
-                    values[x, i] = metrics.exact_match(answer, example.targets)
-                else:
-                    answer = vocabulary.decode(out[x, place].tolist())
-                answers[x][i] = answer
-    if not unit.ranked:
-        targets = [example.targets for example in unit.examples]
-        for x in range(width):
-            values[x] = metrics.score_each(
-                options.metric(unit), answers[x], targets, model=options.bert_score_model
-            )
-    return values, answers
+    answerer = _stacked(options, config, params, spec, experts)
+    answers = _answers(unit, vocabulary, options, answerer)
+    return np.stack([rate(unit, options, row) for row in answers]), answers
+
+
+def answer_with_own(
+    unit: Unit,
+    vocabulary: Vocabulary,
+    options: EvaluationOptions,
+    params: Tree,
+    pool: ExpertPool,
+    experts: Mapping[int, str],
+) -> list[str]:
+    """Answers some examples of a unit, each with an expert of its own, in mixed batches.
+
+    The answers are those of each expert alone, at about the cost of one expert: examples are sorted
+    by expert, so that each is loaded once and a batch names no more than the pool holds.
+
+    Args:
+      unit: whose examples.
+      vocabulary: of the backbone.
+      options: how to answer.
+      params: the backbone.
+      pool: loads the experts.
+      experts: the id of the expert of each example, by the example's place in the unit.
+
+    Returns:
+      The answers [n]; empty for the other examples.
+    """
+    most = [name for name, _ in Counter(experts.values()).most_common()]
+    shared = [set(most[i : i + pool.capacity]) for i in range(0, len(most), pool.capacity)]
+    groups = [[i for i, name in experts.items() if name in names] for names in shared]
+    names = [experts.get(i, "") for i in range(len(unit.examples))]
+    return _answers(unit, vocabulary, options, _mixed(options, params, pool, names), groups)[0]
 
 
 def overall(
@@ -276,6 +391,24 @@ def overall(
     """Returns the score of a unit from those of its examples and their answers, as 0 to 1."""
     targets = [example.targets for example in unit.examples]
     return metrics.overall(options.metric(unit), values, answers, targets)
+
+
+def score_prompts(
+    unit: Unit, options: EvaluationOptions, values: Sequence[float], answers: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Returns the score of each prompt of a unit and its number of examples, sorted by name."""
+    prompts: dict[str, list[int]] = {}
+    for i, example in enumerate(unit.examples):
+        prompts.setdefault(example.prompt, []).append(i)
+
+    def score_of(rows: Sequence[int]) -> float:
+        part = dataclasses.replace(unit, examples=tuple(unit.examples[i] for i in rows))
+        return overall(part, options, [values[i] for i in rows], [answers[i] for i in rows])
+
+    return {
+        prompt: {"score": score_of(rows), "examples": len(rows)}
+        for prompt, rows in sorted(prompts.items())
+    }
 
 
 Report = Callable[[int, int, str], None]
@@ -324,6 +457,7 @@ class Evaluator:
         self.identity = {"name": backbone.name, "fingerprint": backbone.fingerprint}
         self._report = report
         self._scores: dict[tuple[str, str], results.Score] = {}
+        self._pools: dict[ExpertSpec, ExpertPool] = {}
         self._write_summaries()
 
     def run(self, with_: str, library: Any = None, embedder: Any = None) -> results.Strategy | None:
@@ -492,18 +626,8 @@ class Evaluator:
         answers: Sequence[str],
         seconds: float,
     ) -> None:
-        prompts: dict[str, list[int]] = {}
-        for i, example in enumerate(unit.examples):
-            prompts.setdefault(example.prompt, []).append(i)
-
-        def score_of(rows: Sequence[int]) -> float:
-            part = dataclasses.replace(unit, examples=tuple(unit.examples[i] for i in rows))
-            return overall(
-                part, self.options, [values[i] for i in rows], [answers[i] for i in rows]
-            )
-
         ranked = "rank_mean" if self.options.mean_log_prob else "rank"
-        total = score_of(range(len(values)))
+        total = overall(unit, self.options, values, answers)
         score = results.Score(
             task=unit.name,
             expert=expert,
@@ -511,10 +635,7 @@ class Evaluator:
             score=total,
             examples=len(values),
             scoring=ranked if unit.ranked else "generate",
-            per_prompt={
-                prompt: {"score": score_of(rows), "examples": len(rows)}
-                for prompt, rows in sorted(prompts.items())
-            },
+            per_prompt=score_prompts(unit, self.options, values, answers),
             settings=self._settings(unit, expert),
             backbone=self.identity,
             seconds=round(seconds, 3),
@@ -564,26 +685,69 @@ class Evaluator:
 
     def _each(self, unit: Unit, experts: Sequence[str]) -> results.Choice:
         """Scores each example of a unit with an expert of its own."""
-        by_expert: dict[str, list[int]] = {}
+        by_spec: dict[ExpertSpec, dict[int, str]] = {}
         for i, expert in enumerate(experts):
-            by_expert.setdefault(expert, []).append(i)
-        values, answers = np.zeros(len(unit.examples)), [""] * len(unit.examples)
-        for expert, rows in by_expert.items():
-            part = dataclasses.replace(unit, examples=tuple(unit.examples[i] for i in rows))
-            found, said = self._values(part, self.infos[expert].spec, self._load(expert))
-            values[rows] = found
-            for i, answer in zip(rows, said, strict=True):
-                answers[i] = answer
-        votes = {e: len(rows) for e, rows in sorted(by_expert.items(), key=lambda kv: -len(kv[1]))}
-        score = overall(unit, self.options, values.tolist(), answers)
+            by_spec.setdefault(self.infos[expert].spec, {})[i] = expert
+        answers = [""] * len(unit.examples)
+        for spec, names in by_spec.items():
+            said = self._answers_of(unit, spec, names)
+            for i in names:
+                answers[i] = said[i]
+        votes = dict(Counter(experts).most_common())
+        values = rate(unit, self.options, answers).tolist()
+        return self._choice(unit, values, answers, next(iter(votes)), votes, len(values))
+
+    def _answers_of(self, unit: Unit, spec: ExpertSpec, experts: Mapping[int, str]) -> list[str]:
+        """Returns the answers [n] of the examples that have an expert of this spec."""
+        if spec.kind == "full":  # each is a whole backbone, so no batch can be shared
+            answers = [""] * len(unit.examples)
+            for name in dict.fromkeys(experts.values()):
+                rows = [i for i, other in experts.items() if other == name]
+                answerer = _stacked(
+                    self.options,
+                    self.backbone.config,
+                    self.backbone.params,
+                    spec,
+                    [self._load(name)],
+                )
+                [said] = _answers(unit, self.vocabulary, self.options, answerer, [rows])
+                for i in rows:
+                    answers[i] = said[i]
+            return answers
+        if spec not in self._pools:
+            self._pools[spec] = ExpertPool(
+                self.backbone.config,
+                spec,
+                self.options.experts_per_batch,
+                store=self.store,
+                backbone=self.identity,
+            )
+        return answer_with_own(
+            unit, self.vocabulary, self.options, self.backbone.params, self._pools[spec], experts
+        )
+
+    def _choice(
+        self,
+        unit: Unit,
+        values: Sequence[float],
+        answers: Sequence[str],
+        expert: str,
+        votes: Mapping[str, int],
+        queries: int,
+        similarity: Mapping[str, float] | None = None,
+    ) -> results.Choice:
+        """Returns a choice whose answers are not those of one expert of the store."""
+        score = overall(unit, self.options, values, answers)
         return results.Choice(
             task=unit.name,
-            expert=next(iter(votes)),
+            expert=expert,
             score=score,
             metric=self._metric(unit),
             votes=votes,
-            queries=len(values),
-            values=_values_of(values.tolist(), score),
+            similarity=similarity,
+            queries=queries,
+            values=_values_of(values, score),
+            per_prompt=score_prompts(unit, self.options, values, answers),
         )
 
     def _merged(self, unit: Unit, vote: Any, top: int) -> results.Choice:
@@ -594,31 +758,18 @@ class Evaluator:
             raise ElmError(f"experts {', '.join(shares)} cannot be merged: their specs differ")
         trees = [self._load(expert) for expert in shares]
         merged = merge_trees(trees, list(shares.values())) if len(trees) > 1 else trees[0]
-        values, answers = self._values(unit, specs.pop(), merged)
-        score = overall(unit, self.options, values.tolist(), answers)
-        return results.Choice(
-            task=unit.name,
-            expert=vote.expert,
-            score=score,
-            metric=self._metric(unit),
-            votes=vote.votes,
-            similarity=vote.similarity,
-            queries=vote.queries,
-            values=_values_of(values.tolist(), score),
-        )
-
-    def _values(self, unit: Unit, spec: ExpertSpec, expert: Tree) -> tuple[np.ndarray, list[str]]:
-        """Returns the score of each example, float32 [n], and its answer."""
         [values], [answers] = score_examples(
             unit,
             self.vocabulary,
             self.options,
             self.backbone.config,
             self.backbone.params,
-            spec,
-            [expert],
+            specs.pop(),
+            [merged],
         )
-        return values, answers
+        return self._choice(
+            unit, values.tolist(), answers, vote.expert, vote.votes, vote.queries, vote.similarity
+        )
 
     def _write(self, name: str, choices: Sequence[results.Choice]) -> results.Strategy:
         strategy = results.Strategy(name, self.identity, self.options.seed, tuple(choices))

@@ -105,6 +105,18 @@ def _values(values: Any, mean: float) -> tuple[float, ...] | None:
     return found
 
 
+def _prompts(value: Any) -> dict[str, dict[str, Any]]:
+    prompts = {}
+    for prompt, entry in _mapping(value, "per_prompt").items():
+        what = f"per_prompt {prompt!r}"
+        entry = _mapping(entry, what)
+        prompts[prompt] = {
+            "score": _number(entry.get("score"), f"{what} score", high=1),
+            "examples": _count(entry.get("examples"), f"{what} examples", low=1),
+        }
+    return prompts
+
+
 def _backbone(value: Any) -> dict[str, Any]:
     backbone = _mapping(value, "backbone")
     for key in ("name", "fingerprint"):
@@ -151,14 +163,6 @@ class Score:
     values: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        prompts = {}
-        for prompt, entry in _mapping(self.per_prompt, "per_prompt").items():
-            what = f"per_prompt {prompt!r}"
-            entry = _mapping(entry, what)
-            prompts[prompt] = {
-                "score": _number(entry.get("score"), f"{what} score", high=1),
-                "examples": _count(entry.get("examples"), f"{what} examples", low=1),
-            }
         _set(
             self,
             task=_text(self.task, "task"),
@@ -167,7 +171,7 @@ class Score:
             score=_number(self.score, "score", high=1),
             examples=_count(self.examples, "examples", low=1),
             scoring=_choice(self.scoring, "scoring", SCORINGS),
-            per_prompt=prompts,
+            per_prompt=_prompts(self.per_prompt),
             settings=_mapping(self.settings, "settings"),
             backbone=_backbone(self.backbone),
             seconds=_number(self.seconds, "seconds"),
@@ -191,6 +195,7 @@ class Choice:
       queries: how many instances voted (Q, or fewer where the task has fewer).
       values: the metric of each example, where this is no stored score of `expert`: its experts
         were merged, or chosen for each example.
+      per_prompt: as of a `Score`, in the same cases.
     """
 
     task: str
@@ -201,6 +206,7 @@ class Choice:
     similarity: Mapping[str, float] | None = None
     queries: int | None = None
     values: tuple[float, ...] | None = None
+    per_prompt: Mapping[str, Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         votes, similarity, queries = self.votes, self.similarity, self.queries
@@ -228,6 +234,7 @@ class Choice:
             similarity=similarity,
             queries=queries,
             values=_values(self.values, self.score),
+            per_prompt=None if self.per_prompt is None else _prompts(self.per_prompt),
         )
 
 

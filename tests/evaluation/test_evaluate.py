@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,8 @@ from elm_jax.data.examples import TaskData, find_tasks
 from elm_jax.data.vocabulary import Vocabulary
 from elm_jax.decoding import GenerationConfig, generate, greedy_decode
 from elm_jax.errors import ElmError
-from elm_jax.evaluation import results
+from elm_jax.evaluation import evaluate, results
+from elm_jax.evaluation.aggregate import strategy_scores
 from elm_jax.evaluation.evaluate import EvaluationOptions, Evaluator, make_units, score_examples
 from elm_jax.evaluation.metrics import exact_match, rouge_l
 from elm_jax.evaluation.search import search_on_tasks
@@ -256,6 +258,13 @@ def test_variants_of_retrieval(
         assert choice.votes == {"one": 8, "two": 4}
     strategy = scored.run("retrieved:top2,weighted,queries=9,rows", library, embedder=object())
     assert [c.score for c in strategy.tasks] == [pytest.approx(v.mean()) for v in merged]
+    found = strategy_scores(results.Results.load(scored.output), strategy.name)
+    for unit, row in zip(units, merged, strict=True):  # a whole task counts prompt by prompt
+        prompts = [example.prompt for example in unit.examples]
+        assert found[unit.name] == {
+            p: pytest.approx(np.mean([v for v, q in zip(row, prompts, strict=True) if q == p]))
+            for p in set(prompts)
+        }
     assert library.asked[-1][2:] == (9, None)
     assert library.how == {"rule": "weighted", "ties": "similarity"}
     assert strategy.name in results.read_strategies(scored.output)
@@ -263,6 +272,60 @@ def test_variants_of_retrieval(
         scored.check(["none", "retrieved:top_3"])
     with pytest.raises(ElmError, match="'instance' has no vote"):
         scored.check(["retrieved:instance,top2"])
+
+
+@pytest.mark.parametrize(
+    ("ranked", "room", "sizes"), [(True, 2, [1, 1, 5, 5]), (False, 1, [3, 4, 5])],
+    ids=["ranked", "drawn"],
+)  # fmt: skip
+def test_an_expert_for_each_example(
+    backbone: Backbone, vocabulary: Vocabulary, tasks: list[TaskData], store: ExpertStore,
+    ranked: bool, room: int, sizes: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """As each expert alone, whatever shares a batch, in few batches."""
+    drawn = GenerationConfig(max_new_tokens=4, do_sample=True, temperature=2.0)
+    options = replace(
+        OPTIONS,
+        experts_per_batch=room,
+        max_inputs_length=16,
+        answer_choices="given" if ranked else "none",
+        generation=None if ranked else drawn,
+    )
+    names = ["two", "low", "low", "one", "whole", "low"] + [
+        "two",
+        "low",
+        "one",
+        "low",
+        "two",
+        "low",
+    ]
+    if not ranked:  # fewer programs to compile
+        names = [{"low": "one", "whole": "two"}.get(name, name) for name in names]
+    library = Library([store.info(name) for name in sorted(SPECS)], [])
+    library.retrieve_each = lambda texts, embedder: [(n, 0.5) for n in names]  # type: ignore[method-assign]
+    [unit] = make_units(tasks[:1], options)
+    alone = {}
+    for name in sorted(set(names)):
+        context = (backbone.config, backbone.params, SPECS[name], [draw(backbone, name)])
+        [values], [answers] = score_examples(unit, vocabulary, options, *context)
+        alone[name] = values, answers
+    said: list[str] = []
+    batches: list[int] = []
+    rate, batches_of = evaluate.rate, evaluate.batches_of
+    monkeypatch.setattr(evaluate, "rate", lambda u, o, a: said.extend(a) or rate(u, o, a))
+
+    def counted(*args: object) -> object:
+        for batch in batches_of(*args):
+            batches.append(len(batch[0]))
+            yield batch
+
+    monkeypatch.setattr(evaluate, "batches_of", counted)
+    evaluator = Evaluator(backbone, vocabulary, tasks[:1], tmp_path, store=store, options=options)
+    [choice] = evaluator.run("retrieved:instance", library, embedder=object()).tasks
+    assert said == [alone[name][1][i] for i, name in enumerate(names)]
+    assert choice.values == pytest.approx([alone[n][0][i] for i, n in enumerate(names)], abs=1e-6)
+    assert choice.votes == Counter(names)
+    assert sorted(batches) == sizes
 
 
 def stamps(folder: Path) -> dict[str, int]:
