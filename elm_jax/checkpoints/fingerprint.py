@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import json
 import math
 import os
 import tempfile
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,46 +44,76 @@ def fingerprint(config: T5Config, params: Tree) -> str:
     Returns:
       'sha256:' and 64 hexadecimal digits; messages show the first 23 characters.
     """
-    digest = _begin(config)
-    for path, array in flatten(to_storage(params, config)).items():
-        digest.update(_title(path, array.shape))
-        for part in _sample(array):
-            digest.update(_values(part))
-    return f"sha256:{digest.hexdigest()}"
+    arrays = flatten(to_storage(params, config))
+    with Fingerprint(config, arrays) as found:
+        for path, array in arrays.items():
+            found.add(path, array, stays=True)
+        return str(found)
 
 
-class Samples:
-    """A fingerprint of arrays that come in any order and do not stay, or not with these values.
+class Fingerprint:
+    """A fingerprint of arrays that come in any order.
 
-    What counts of each array waits in a temporary file until all are there.
+    Those before their turn wait: themselves, where they stay in memory anyhow, else what counts of
+    them, in a temporary file.
+
+    Args:
+      config: the backbone's.
+      paths: of all arrays, per layer.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, config: T5Config, paths: Iterable[str]) -> None:
+        self._digest = _begin(config)
+        self._left = collections.deque(flatten(unflatten(dict.fromkeys(paths))))
+        self._waiting: dict[str, _Sample] = {}
         self._file = tempfile.TemporaryFile(prefix="elm_jax_fingerprint_")  # noqa: SIM115
-        self._entries: dict[str, tuple[tuple[int, ...], int, int]] = {}
 
-    def __enter__(self) -> Samples:
+    def __enter__(self) -> Fingerprint:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def add(self, path: str, array: np.ndarray) -> None:
-        """Takes in an array as stored, under its path per layer."""
-        start = self._file.seek(0, os.SEEK_END)
-        for part in _sample(array):
-            self._file.write(_values(part))
-        self._entries[path] = (tuple(array.shape), start, self._file.tell() - start)
+    def add(self, path: str, array: Any, *, stays: bool) -> None:
+        """Takes in an array as stored, under its path per layer.
 
-    def fingerprint(self, config: T5Config) -> str:
-        """Returns what `fingerprint` would of all arrays."""
-        digest = _begin(config)
-        for path in flatten(unflatten(dict.fromkeys(self._entries))):
-            shape, start, count = self._entries[path]
-            digest.update(_title(path, shape))
-            self._file.seek(start)
-            digest.update(self._file.read(count))
-        return f"sha256:{digest.hexdigest()}"
+        Args:
+          path: one of the paths, each of which comes once.
+          array: its values.
+          stays: whether it stays in memory, with these values, until all have come.
+        """
+        shape = tuple(array.shape)
+        if stays or path == self._left[0]:
+            self._waiting[path] = _Sample(shape, array)
+        else:
+            start = self._file.seek(0, os.SEEK_END)
+            for part in _sample(array):
+                self._file.write(_values(part))
+            self._waiting[path] = _Sample(shape, None, start, self._file.tell() - start)
+        while self._left and self._left[0] in self._waiting:
+            path = self._left.popleft()
+            self._update(path, self._waiting.pop(path))
+
+    def _update(self, path: str, sample: _Sample) -> None:
+        self._digest.update(f"\n{path} {list(sample.shape)}\n".encode())
+        if sample.array is None:
+            self._file.seek(sample.start)
+            self._digest.update(self._file.read(sample.count))
+            return
+        for part in _sample(sample.array):
+            self._digest.update(_values(part))
+
+    def __str__(self) -> str:
+        return f"sha256:{self._digest.hexdigest()}"
+
+
+class _Sample(NamedTuple):
+    """An array whose turn has not come, or where in the file lies what counts of it."""
+
+    shape: tuple[int, ...]
+    array: Any
+    start: int = 0
+    count: int = 0
 
 
 def _begin(config: T5Config) -> Any:
@@ -92,10 +124,6 @@ def _begin(config: T5Config) -> Any:
         if field.name not in RUN_FIELDS and (value := getattr(config, field.name)) != field.default
     }
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
-
-
-def _title(path: str, shape: tuple[int, ...]) -> bytes:
-    return f"\n{path} {list(shape)}\n".encode()
 
 
 def _values(part: Any) -> memoryview:

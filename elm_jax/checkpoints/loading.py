@@ -1,13 +1,17 @@
 """From stored arrays to a backbone's parameters: read once, cast, placed on host, device or mesh.
 
-The largest arrays come first, so that what reading takes beside the result (the values of one
-array as stored, and what a decompressor needs) is never needed on top of all the rest: the peak
-stays below 1.5 times the largest array plus this host's shards.
+Threads read ahead, and transpose as they read, while the arrays before are hashed and placed. What
+is on its way at a time is no more than the largest array, and the largest arrays come first, so
+that this is never needed on top of all the rest: the peak stays below 1.5 times the largest array
+plus this host's shards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import collections
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -15,13 +19,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from elm_jax.checkpoints.fingerprint import Samples, fingerprint
-from elm_jax.checkpoints.stored import StoredArray, empty
+from elm_jax.checkpoints.fingerprint import Fingerprint
+from elm_jax.checkpoints.stored import StoredArray, as_buffer
 from elm_jax.errors import ElmError
 from elm_jax.experts.tree import Tree, flatten, unflatten
 from elm_jax.models import T5Config
 
-_COLUMNS = 256
+_THREADS = min(8, os.cpu_count() or 1)
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
@@ -68,67 +72,99 @@ def load_params(
     kept = kept and all(dtypes[path] == a.dtype for path, a in arrays.items())
     single = jax.process_count() == 1
     params: dict[str, Any] = {}
-    with Samples() as samples:
-        for source, paths in _groups(arrays):
-            whole = source.read() if on_host or single or jax.process_index() == 0 else None
+    with Fingerprint(config, arrays) as found:
+        for paths, whole in _read(arrays, everything=on_host or single or jax.process_index() == 0):
             for path in paths:
-                stored = arrays[path]
-                values = None if whole is None else stored.cut(whole)
-                if values is not None and not kept:
-                    values = as_buffer(values, stored.dtype)
-                    samples.add(path, values)
+                stored, values = arrays[path], whole
+                if whole is not None and len(paths) > 1:
+                    values = as_buffer(stored.cut(whole), stored.dtype, copy=kept)
+                if values is not None:
+                    found.add(path, values, stays=kept)
                 if on_host or flat_shardings is None:
-                    values = stored.read() if values is None else values
-                    host = as_buffer(values, dtypes[path], copy=len(paths) > 1)
+                    values = stored.read_contiguous() if values is None else values
+                    # A part that is used as it is would keep the whole in memory.
+                    copy = len(paths) > 1 and not kept
+                    host = as_buffer(values, dtypes[path], copy=copy)
                     params[path] = host if on_host else jax.device_put(host)
+                    del host
                 else:
                     params[path] = _shard(stored, values, dtypes[path], flat_shardings[path])
                 del values
             del whole
-        tree = unflatten(params)
-        if kept:
-            return tree, fingerprint(config, jax.tree.map(np.asarray, tree))
-        return tree, samples.fingerprint(config) if single else _agree(samples, config)
+        return unflatten(params), str(found) if single else _agree(found)
 
 
 def stored_fingerprint(config: T5Config, arrays: Mapping[str, StoredArray]) -> str:
-    """Returns the fingerprint of stored arrays, which are read one after the other."""
-    with Samples() as samples:
-        for source, paths in _groups(arrays):
-            whole = source.read()
+    """Returns the fingerprint of stored arrays, of which few are in memory at a time."""
+    with Fingerprint(config, arrays) as found:
+        for paths, whole in _read(arrays):
             for path in paths:
-                samples.add(path, arrays[path].cut(whole))
+                found.add(path, whole if len(paths) == 1 else arrays[path].cut(whole), stays=False)
             del whole
-        return samples.fingerprint(config)
+        return str(found)
+
+
+def _read(
+    arrays: Mapping[str, StoredArray], everything: bool = True
+) -> Iterator[tuple[list[str], Any]]:
+    """Reads each array in the files once, some ahead of what they are used for, in threads.
+
+    All that is read at a time is no larger than the largest array.
+
+    Args:
+      arrays: path -> stored array.
+      everything: whether to read at all.
+
+    Yields:
+      The paths that come from an array in the files, and its values, or None if nothing is to be
+      read: contiguous and those of the path if it is one, else those of the array in the file, to
+      be cut.
+    """
+    groups = _groups(arrays)
+    if not everything:
+        yield from ((paths, None) for _, paths in groups)
+        return
+    limit = max((source.nbytes for source, _ in groups), default=0)
+    # One that is decompressed takes more memory than its own, and threads of its reader: it is
+    # read alone.
+    todo = collections.deque(
+        (source, paths, limit if source.slow is None else source.nbytes) for source, paths in groups
+    )
+    taken = 0
+    reading: collections.deque[tuple[list[str], int, Future[np.ndarray]]] = collections.deque()
+    pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="elm_jax_read")
+    try:
+        while todo or reading:
+            while todo and (not reading or taken + todo[0][2] <= limit):
+                source, paths, need = todo.popleft()
+                read = arrays[paths[0]].read_contiguous if len(paths) == 1 else source.read
+                reading.append((paths, need, pool.submit(read)))
+                taken += need
+            paths, need, future = reading.popleft()
+            yield paths, future.result()
+            del future
+            taken -= need
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _groups(arrays: Mapping[str, StoredArray]) -> list[tuple[StoredArray, list[str]]]:
-    """Returns each array in the files with the paths that come from it, the largest first."""
-    groups: dict[int, tuple[StoredArray, list[str]]] = {}
-    for path, stored in arrays.items():
-        groups.setdefault(id(stored.source), (stored.source, []))[1].append(path)
-    return sorted(groups.values(), key=lambda group: -group[0].nbytes)
+    """Returns each array in the files with the paths that come from it.
 
-
-def as_buffer(values: np.ndarray, dtype: np.dtype[Any], *, copy: bool = False) -> np.ndarray:
-    """Returns values as a contiguous array of a dtype that JAX can use without a copy.
-
-    Args:
-      values: of any strides.
-      dtype: what they are cast to.
-      copy: whether to copy even what fits, as when a small part should not keep the whole alive.
+    Those which take most memory beside their own come first, the largest first; the others in the
+    order in which a fingerprint takes them.
     """
-    if values.dtype == dtype and values.flags.c_contiguous and not copy:
-        return values
-    out = empty(values.shape, dtype)
-    if values.ndim == 2 and values.T.flags.c_contiguous:
-        # Block by block a transpose stays in the cache; a cast is fast along the rows of the file.
-        for start in range(0, values.shape[1], _COLUMNS):
-            rows = values.T[start : start + _COLUMNS].astype(dtype, copy=False)
-            out[:, start : start + _COLUMNS] = rows.T
-    else:
-        out[...] = values
-    return out
+    groups: dict[int, tuple[StoredArray, list[str]]] = {}
+    for path in flatten(unflatten(arrays)):
+        source = arrays[path].source
+        groups.setdefault(id(source), (source, []))[1].append(path)
+    largest = max((source.nbytes for source, _ in groups.values()), default=0)
+
+    def rank(group: tuple[StoredArray, list[str]]) -> int:
+        source, _ = group
+        return -source.nbytes if source.slow is None or 4 * source.nbytes > largest else 0
+
+    return sorted(groups.values(), key=rank)
 
 
 def _shard(
@@ -147,13 +183,13 @@ def _shard(
     return jax.make_array_from_callback(stored.shape, sharding, shard)
 
 
-def _agree(samples: Samples, config: T5Config) -> str:
+def _agree(found: Fingerprint) -> str:
     """Returns the first process's fingerprint to all."""
     from jax.experimental import multihost_utils
 
     digest = bytes(32)
     if jax.process_index() == 0:
-        digest = bytes.fromhex(samples.fingerprint(config).removeprefix("sha256:"))
+        digest = bytes.fromhex(str(found).removeprefix("sha256:"))
     shared = multihost_utils.broadcast_one_to_all(jnp.frombuffer(digest, jnp.uint8))
     return f"sha256:{np.asarray(shared).tobytes().hex()}"
 

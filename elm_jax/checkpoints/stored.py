@@ -46,6 +46,9 @@ MAX_HEADER = 100_000_000
 """Longest header of a safetensors file that is read; the format's own limit."""
 BLOCK = 16 * 2**20
 """Bytes read at a time where only some columns of an array are wanted."""
+PIECE = 2**20
+"""Bytes read at a time where they are transposed: they should stay in the processor's cache."""
+_COLUMNS = 256
 _ALIGNMENT = 64
 """With this alignment JAX uses a buffer of the CPU as it is, instead of a copy."""
 
@@ -64,6 +67,8 @@ class StoredArray:
       read_part: reads the elements of an `Index` with whole bounds.
       base: the array in the file; None for itself.
       cut: from the values of `base` to those of this array.
+      slow: the axis of which the file holds one entry after the other, so that to read some of them
+        costs no more than their bytes; None where a part may cost as much as the whole.
     """
 
     shape: tuple[int, ...]
@@ -72,6 +77,7 @@ class StoredArray:
     read_part: Callable[[Index], np.ndarray] = dataclasses.field(repr=False)
     base: StoredArray | None = dataclasses.field(default=None, repr=False)
     cut: Callable[[np.ndarray], np.ndarray] = dataclasses.field(default=lambda x: x, repr=False)
+    slow: int | None = None
 
     @property
     def ndim(self) -> int:
@@ -91,9 +97,12 @@ class StoredArray:
     @property
     def T(self) -> StoredArray:  # noqa: N802  (NumPy's name)
         """The transpose."""
-        return self._derived(
+        transposed = self._derived(
             self.shape[::-1], lambda index: self.read(index[::-1]).T, lambda x: self.cut(x).T
         )
+        if self.slow is None:
+            return transposed
+        return dataclasses.replace(transposed, slow=self.ndim - 1 - self.slow)
 
     def layer(self, number: int, axis: int) -> StoredArray:
         """Returns entry `number` along an axis, without that axis."""
@@ -141,7 +150,30 @@ class StoredArray:
         try:
             return self.read_part(_whole(index or (slice(None),) * self.ndim, self.shape))
         except MemoryError as error:
-            raise ElmError(f"{self.where}: {self.nbytes:,} bytes do not fit in memory") from error
+            raise self._too_large() from error
+
+    def read_contiguous(self) -> np.ndarray:
+        """Reads the array as `as_buffer` would make it, without a second copy where that can be.
+
+        Raises:
+          ElmError: as `read`.
+        """
+        if not self.slow:  # as it lies in the file, or in no order that is known
+            return as_buffer(self.read(), self.dtype)
+        try:
+            out = empty(self.shape, self.dtype)
+        except MemoryError as error:
+            raise self._too_large() from error
+        length = self.shape[self.slow]
+        step = max(1, PIECE * length // max(1, self.nbytes))
+        for start in range(0, length, step):
+            part: list[slice] = [slice(0, size) for size in self.shape]
+            part[self.slow] = slice(start, min(start + step, length))
+            out[tuple(part)] = self.read(tuple(part))
+        return out
+
+    def _too_large(self) -> ElmError:
+        return ElmError(f"{self.where}: {self.nbytes:,} bytes do not fit in memory")
 
 
 def _whole(index: Index, shape: Sequence[int]) -> Index:
@@ -155,6 +187,27 @@ def empty(shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
     memory = np.empty(count + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
     return memory[start : start + count].view(dtype).reshape(shape)
+
+
+def as_buffer(values: np.ndarray, dtype: np.dtype[Any], *, copy: bool = False) -> np.ndarray:
+    """Returns values as a contiguous array of a dtype that JAX can use without a copy.
+
+    Args:
+      values: of any strides.
+      dtype: what they are cast to.
+      copy: whether to copy even what fits, as when a small part should not keep the whole alive.
+    """
+    if values.dtype == dtype and values.flags.c_contiguous and not copy:
+        return values
+    out = empty(values.shape, dtype)
+    if values.ndim == 2 and values.T.flags.c_contiguous:
+        # Block by block a transpose stays in the cache; a cast is fast along the rows of the file.
+        for start in range(0, values.shape[1], _COLUMNS):
+            rows = values.T[start : start + _COLUMNS].astype(dtype, copy=False)
+            out[:, start : start + _COLUMNS] = rows.T
+    else:
+        out[...] = values
+    return out
 
 
 def in_memory(array: np.ndarray, where: str) -> StoredArray:
@@ -249,7 +302,7 @@ def _safetensor(
                 part[...] = block[(slice(None), *index[1:])]
         return out
 
-    return StoredArray(shape, dtype, f"{path}: {name}", read)
+    return StoredArray(shape, dtype, f"{path}: {name}", read, slow=0 if shape else None)
 
 
 def _fill(file: Any, array: np.ndarray, path: Path) -> None:
