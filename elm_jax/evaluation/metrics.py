@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from elm_jax.errors import ElmError, nearest
+from elm_jax.retrieval.embedder import hide_triton
 
 TEXT_METRICS = (
     "rouge_l",
@@ -237,6 +238,7 @@ def bert_scores(
 
 @functools.lru_cache(maxsize=1)
 def _bert_scorer(model: str) -> Any:
+    hide_triton()
     try:
         from bert_score import BERTScorer
         from bert_score.utils import model2layers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +55,18 @@ class Embedder(Protocol):
         """Embeds texts, in their order: float32 [len(texts), M]."""
 
 
+def hide_triton() -> None:
+    """Makes it safe to import libraries of PyTorch; called right before.
+
+    Triton comes with PyTorch's CUDA builds and is loaded by transformers. Loaded after TensorFlow,
+    which seqio and ScaNN bring, it crashes the process, as both carry LLVM; the other way round
+    they get along. Nothing here needs it, so it is then hidden: torch.compile has no compiler for
+    GPUs in this process, all else works. (tensorflow 2.20.0, triton 3.7.1, torch 2.13.0.)
+    """
+    if "tensorflow" in sys.modules and "triton" not in sys.modules:
+        sys.modules["triton"] = None  # type: ignore[assignment]  # its import then fails
+
+
 @dataclass(frozen=True, eq=False)
 class SentenceEmbedder:
     """A sentence-transformers model in a local folder; loaded when first used, on the CPU.
@@ -68,6 +81,7 @@ class SentenceEmbedder:
 
     @functools.cached_property
     def _model(self) -> Any:
+        hide_triton()
         try:
             from sentence_transformers import SentenceTransformer
             from transformers.utils import logging
