@@ -7,6 +7,7 @@ import ast
 import json
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -204,17 +205,34 @@ def _cell(value: Any) -> str:
 
 
 class ProgressBar:
-    """A tqdm bar on stderr that is told how much is done, as callbacks of the library do."""
+    """A tqdm bar on stderr that is told how much is done, as callbacks of the library do.
+
+    One that was told nothing leaves no trace: an error before the first step is one line.
+    """
 
     def __init__(self, unit: str, *, hide: bool = False) -> None:
+        self._unit, self._hide = unit, hide
+        self._started = time.time()
+        self._told = False
+        # A file keeps what is drawn; a terminal shows at once that something is going on.
+        self._bar = self._draw() if sys.stderr.isatty() and not hide else None
+
+    def _draw(self) -> Any:
         from tqdm import tqdm
 
-        self._bar = tqdm(unit=f" {unit}", file=sys.stderr, disable=hide, dynamic_ncols=True)
+        bar = tqdm(unit=f" {self._unit}", file=sys.stderr, dynamic_ncols=True)
+        bar.start_t = self._started
+        return bar
 
     def update(
         self, done: int, total: int, label: str, metrics: Mapping[str, float] | None = None
     ) -> None:
         """Moves the bar."""
+        if self._hide:
+            return
+        self._told = True
+        if self._bar is None:  # tqdm has a truth value of its own
+            self._bar = self._draw()
         self._bar.total = total
         self._bar.set_description(label, refresh=False)
         if metrics:
@@ -223,5 +241,7 @@ class ProgressBar:
         self._bar.update(done - self._bar.n)
 
     def close(self) -> None:
-        """Leaves the bar as it is."""
-        self._bar.close()
+        """Leaves the bar as it is, if it shows anything."""
+        if self._bar is not None:
+            self._bar.leave = self._told
+            self._bar.close()

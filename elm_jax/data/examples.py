@@ -56,9 +56,11 @@ class Example:
           where: the place of the row, for messages.
           default_id: the id where the row has none.
 
+        A choice that is named twice counts once, as datasets such as QASC name some twice.
+
         Raises:
-          ElmError: if a key is missing or of the wrong type, a text is blank, or the choices hold
-            duplicates or lack the first target (ends are stripped to compare).
+          ElmError: if a key is missing or of the wrong type, a text is blank or no Unicode, or the
+            choices lack the first target (ends are stripped to compare).
 
         >>> Example.from_row({'input': '2 + 2?', 'target': '4'}, 'here').targets
         ('4',)
@@ -71,18 +73,20 @@ class Example:
         if choices is not None:
             if isinstance(choices, str):
                 raise ElmError(f"{where}: answer_choices should be a list of strings, not a string")
-            choices = _texts(choices, "answer_choices", where)
-            counts = Counter(choice.strip() for choice in choices)
-            [(most_common, count)] = counts.most_common(1)
-            if count > 1:
-                raise ElmError(f"{where}: answer_choices hold {most_common!r} {count} times")
-            if targets[0].strip() not in counts:
-                hint = nearest(targets[0].strip(), counts)
+            distinct: dict[str, str] = {}
+            for choice in _texts(choices, "answer_choices", where):
+                distinct.setdefault(choice.strip(), choice)
+            if targets[0].strip() not in distinct:
+                hint = nearest(targets[0].strip(), distinct)
                 raise ElmError(f"{where}: target {targets[0]!r} is not in answer_choices{hint}")
+            choices = tuple(distinct.values())
         prompt = row.get("prompt", row.get("template"))
         id_ = row.get("id")
         if not isinstance(prompt, str | None) or not isinstance(id_, str | int | None):
             raise ElmError(f"{where}: prompt and id should be strings, got {prompt!r} and {id_!r}")
+        for key, value in (("prompt", prompt), ("id", id_)):
+            if isinstance(value, str):
+                _check_unicode(value, key, where)
         return cls(
             inputs,
             targets,
@@ -108,11 +112,7 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[Example]:
     examples = []
     for number, line in numbered_lines(path):
         where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ElmError(f"{where}: broken JSON ({error})") from None
-        examples.append(Example.from_row(row, where, f"{stem}:{number}"))
+        examples.append(Example.from_row(parse_json(line, where), where, f"{stem}:{number}"))
     if not examples:
         raise ElmError(f"{path}: holds no examples")
     return examples
@@ -268,7 +268,18 @@ def _first(row: Mapping[str, Any], keys: Sequence[str], where: str) -> Any:
 def _text(value: Any, key: str, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ElmError(f"{where}: {key} should be text, got {value!r:.50}")
+    _check_unicode(value, key, where)
     return value
+
+
+def _check_unicode(text: str, key: str, where: str) -> None:
+    """Refuses half a surrogate pair, which JSON can spell and no file or tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ElmError(
+            f"{where}: {key} holds {text[error.start]!a}, half a surrogate pair, which is no text"
+        ) from None
 
 
 def _texts(value: Any, key: str, where: str) -> tuple[str, ...]:
@@ -278,15 +289,30 @@ def _texts(value: Any, key: str, where: str) -> tuple[str, ...]:
     return tuple(_text(text, key, where) for text in values)
 
 
+def parse_json(text: str, where: str) -> Any:
+    """Parses a line of JSON.
+
+    Raises:
+      ElmError: it is broken, or nested too deep; `where` begins the message.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ElmError(f"{where}: broken JSON ({error})") from None
+
+
 def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yields the number and text of each line that is not blank.
+
+    A byte order mark at the beginning, as some Windows programs write, is skipped.
 
     Raises:
       ElmError: the file is not UTF-8, or its compression is damaged; the line is named.
     """
     number = 0
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+        opener = gzip.open if path.suffix == ".gz" else open
+        with opener(path, "rt", encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield number, line
@@ -327,7 +353,8 @@ def _folder_task(folder: Path) -> TaskData:
         inner = any(file.suffix in (".jsonl", ".gz") for file in folder.glob("*/*"))
         hint = f" (did you mean '{folder}/*'?)" if inner else ""
         raise ElmError(f"{folder} is no task: neither train.jsonl nor test.jsonl[.gz] in it{hint}")
-    return TaskData(folder.resolve().name, str(folder), readers)
+    # Not resolved: a link is a way to name a task.
+    return TaskData(Path(os.path.abspath(folder)).name, str(folder), readers)
 
 
 def _tasks(pattern: str) -> list[TaskData]:

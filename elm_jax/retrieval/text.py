@@ -98,7 +98,8 @@ def read_texts(path: epath.PathLike, form: str = TEXT_FORMAT) -> list[str]:
         raise FileNotFoundError(f"no instances file {path}")
     try:
         data = path.read_bytes()
-        lines = (gzip.decompress(data) if path.suffix == ".gz" else data).decode().split("\n")
+        text = gzip.decompress(data) if path.suffix == ".gz" else data
+        lines = text.decode("utf-8-sig").split("\n")
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise ElmError(f"{path} is truncated or no UTF-8 text: {error}") from error
     texts = [
@@ -114,8 +115,8 @@ def read_texts(path: epath.PathLike, form: str = TEXT_FORMAT) -> list[str]:
 def _parse(line: str, where: str, form: str) -> str:
     try:
         row: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ElmError(f"{where}: broken JSON: {error.msg} at column {error.colno}") from error
+    except (ValueError, RecursionError) as error:
+        raise ElmError(f"{where}: broken JSON ({error})") from error
     if not isinstance(row, dict):
         raise ElmError(f"{where}: expected a JSON object, got {type(row).__name__}")
     inputs, choices = row.get("inputs", row.get("input")), row.get("answer_choices")

@@ -27,7 +27,7 @@ from elm_jax.experts.tree import flatten
 from elm_jax.models import ExpertSpec, get_spec, spec_to_json
 from elm_jax.models.quantize import check_quantization
 from elm_jax.training import distributed
-from elm_jax.training.loop import Member, RunConfig, train_stack
+from elm_jax.training.loop import Member, RunConfig, TrainedExpert, train_stack
 from elm_jax.training.sharding import RULES, LogicalRules, check_split, make_mesh
 
 MAX_LENGTHS = {"inputs": 512, "targets": 128}
@@ -236,6 +236,31 @@ class _Prepared:
     def run_name(self, group: Sequence[Plan]) -> str:
         return _run_name({**self.settings_of(group), **self.common}, group)
 
+    def write_run(self, folder: epath.Path, group: Sequence[Plan]) -> None:
+        """Says in a run's folder whose it is; a second run on it would write the same."""
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".{RUN_FILE}-{uuid.uuid4().hex[:8]}"
+        facts = {"common": self.common, "experts": self.settings_of(group)}
+        temporary.write_text(json.dumps(facts, indent=2) + "\n")
+        temporary.replace(folder / RUN_FILE)
+
+    def write_experts(
+        self, store: ExpertStore, trained: Sequence[tuple[Plan, TrainedExpert]]
+    ) -> None:
+        """Adds trained experts to a store."""
+        for plan, result in trained:
+            info = ExpertInfo(
+                id=plan.id,
+                spec=self.spec,
+                tasks=plan.tasks,
+                prompts=plan.prompts,
+                backbone=self.identity,
+                settings=self.settings[plan.id],
+                metrics={k: v for k, v in result.history[-1].items() if k != "step"},
+                history=result.history,
+            )
+            store.write(info, result.params, plan.instances)
+
 
 def _prepare(
     backbone: Backbone | str | Path,
@@ -429,8 +454,7 @@ def train_experts(
                 if report is not None:
                     report(label, done + step * width, total, metrics)
 
-            if distributed.is_writer():
-                _write_run(folder, prepared.common, prepared.settings_of(group))
+            distributed.once(functools.partial(prepared.write_run, folder, group))
             trained = train_stack(
                 config,
                 backbone.params,
@@ -443,27 +467,10 @@ def train_experts(
                 rules=rules,
                 progress=progress,
             )
-            for plan, result in zip(group, trained, strict=True):
-                if plan.id in there or not distributed.is_writer():
-                    continue
-                expert_store.write(
-                    ExpertInfo(
-                        id=plan.id,
-                        spec=spec,
-                        tasks=plan.tasks,
-                        prompts=plan.prompts,
-                        backbone=identity,
-                        settings=settings[plan.id],
-                        metrics={k: v for k, v in result.history[-1].items() if k != "step"},
-                        history=result.history,
-                    ),
-                    result.params,
-                    plan.instances,
-                )
+            new = [(p, t) for p, t in zip(group, trained, strict=True) if p.id not in there]
+            distributed.once(functools.partial(prepared.write_experts, expert_store, new))
         # Metrics and event files stay; the checkpoints are in the experts now.
-        if distributed.is_writer():
-            (folder / "checkpoints").rmtree(missing_ok=True)
-        distributed.barrier(f"written {group[0].id}")
+        distributed.once(functools.partial(_remove_checkpoints, folder))
         done += sum(plan.train_steps for plan in group)
     return [
         Outcome(expert_store.info(plan.id), "there" if plan.id in there else "trained")
@@ -736,6 +743,11 @@ def _is_there(
     backbone: Mapping[str, str],
 ) -> bool:
     if name not in store:
+        if (store.path / name).exists():
+            raise ElmError(
+                f"{store.path / name} is in the way: it lacks expert.json, so it is no whole "
+                "expert; delete it"
+            )
         return False
     info = store.info(name)
     found = flatten({**info.settings, "spec": info.spec, "backbone": dict(info.backbone)})
@@ -755,12 +767,8 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _write_run(folder: epath.Path, common: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Says in a run's folder whose it is; a second run on it would write the same."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{RUN_FILE}-{uuid.uuid4().hex[:8]}"
-    temporary.write_text(json.dumps({"common": common, "experts": settings}, indent=2) + "\n")
-    temporary.replace(folder / RUN_FILE)
+def _remove_checkpoints(folder: epath.Path) -> None:
+    (folder / "checkpoints").rmtree(missing_ok=True)
 
 
 def _run_name(facts: Mapping[str, Any], group: Sequence[Plan]) -> str:

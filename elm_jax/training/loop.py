@@ -80,6 +80,8 @@ class RunConfig:
         for name in ("train_steps", "accumulation", "log_every", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise ElmError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise ElmError(f"seed must be from 0 to 2**32 - 1, got {self.seed}")
 
     def identity(self) -> dict[str, Any]:
         """Returns what decides the trained arrays, as JSON."""
@@ -198,7 +200,10 @@ def train_stack(
             if save or step % run.log_every == 0:
                 done = jax.device_get(pending)  # waits for the steps, so that the clock is true
                 now = time.perf_counter()
-                record = _record(members, step, done, now - clock, run_folder)
+                saved = manager.latest_step()
+                kept = f"that of step {saved} is kept" if saved else "none was written before"
+                place = f"{run_folder / 'checkpoints'}: {kept}"
+                record = _record(members, step, done, now - clock, place)
                 writer.write(record)
                 pending, clock = [], now
                 if progress is not None:
@@ -260,9 +265,12 @@ def _record(
     step: int,
     metrics: Sequence[Mapping[str, np.ndarray]],
     seconds: float,
-    folder: epath.Path,
+    checkpoints: str,
 ) -> dict[str, Any]:
-    """Averages the metrics since the last record; refuses numbers that are not finite."""
+    """Averages the metrics since the last record; refuses numbers that are not finite.
+
+    `checkpoints` says where those of the run are, and of which step the last one is.
+    """
     stacked = {name: np.stack([m[name] for m in metrics]) for name in metrics[0]}  # [steps, X]
     loss, gradient, norm = (stacked[name] for name in ("loss", "grad_norm", "expert_norm"))
     finite = np.isfinite(loss) & np.isfinite(gradient) & np.isfinite(norm)
@@ -271,8 +279,8 @@ def _record(
         raise TrainingDiverged(
             f"expert {members[who].id!r}: the loss is {loss[at]}, the norm of the gradient "
             f"{gradient[at]} and of the expert {norm[at]} at step "
-            f"{step - len(metrics) + 1 + when}; training stopped, the last good checkpoint is in "
-            f"{folder / 'checkpoints'}; a lower learning rate may help"
+            f"{step - len(metrics) + 1 + when}; training stopped; checkpoints are in "
+            f"{checkpoints}; a lower learning rate may help"
         )
     names = ("loss", "accuracy", "grad_norm", "expert_norm")
     return {

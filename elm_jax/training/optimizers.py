@@ -50,9 +50,11 @@ class OptimizerSpec:
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise ElmError(f"learning_rate must be positive, got {self.learning_rate!r}")
         for field in ("warmup_steps", "weight_decay"):
-            if not getattr(self, field) >= 0:
-                raise ElmError(f"{field} must not be negative, got {getattr(self, field)}")
-        if self.clip_norm is not None and not self.clip_norm > 0:
+            if not 0 <= getattr(self, field) < math.inf:
+                raise ElmError(
+                    f"{field} must not be negative nor infinite, got {getattr(self, field)}"
+                )
+        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
             raise ElmError(f"clip_norm must be positive or None, got {self.clip_norm!r}")
 
 

@@ -64,6 +64,10 @@ def test_rows_become_examples(tmp_path: Path, name: str) -> None:
     [
         ('{"inputs": "a",', "broken JSON"),
         ("[1]", "a JSON object is expected, not list"),
+        ("[" * 100_000, "broken JSON .*recursion"),
+        ({"inputs": "cut \ud83d", "targets": "a"}, r"inputs holds '\\ud83d', half a surrogate"),
+        (ROW | {"answer_choices": ["yes", "\udc00"]}, "answer_choices holds"),
+        (ROW | {"prompt": "\ud800"}, "prompt holds"),
         ({"targets": "a"}, "no 'inputs' among the keys"),
         ({"inputz": "a", "targets": "a"}, r"no 'inputs' .* \(did you mean 'inputz'\?\)"),
         ({"inputs": "a"}, "no 'targets' among the keys"),
@@ -77,7 +81,6 @@ def test_rows_become_examples(tmp_path: Path, name: str) -> None:
         (ROW | {"answer_choices": []}, "answer_choices should be one or more strings"),
         (ROW | {"answer_choices": ["no", "maybe"]}, "target 'yes' is not in answer_choices"),
         (ROW | {"answer_choices": ["Yes", "no"]}, "did you mean 'Yes'"),
-        (ROW | {"answer_choices": ["yes", "no", "no "]}, "answer_choices hold 'no' 2 times"),
         (ROW | {"prompt": 3}, "prompt and id should be strings"),
         (ROW | {"id": ["a"]}, "prompt and id should be strings"),
     ],
@@ -87,6 +90,19 @@ def test_bad_rows_are_refused_with_their_line(tmp_path: Path, row: Any, message:
     with pytest.raises(ElmError, match=message) as caught:
         read_jsonl(path)
     assert str(caught.value).startswith(f"{path}:3: ") and "\n" not in str(caught.value)
+
+
+def test_a_choice_that_is_named_twice_counts_once(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", ROW | {"answer_choices": ["no", "yes ", "no ", "yes", "no"]})
+    assert read_jsonl(path)[0].answer_choices == ("no", "yes ")
+
+
+@pytest.mark.parametrize("name", ["some.jsonl", "some.jsonl.gz"])
+def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path: Path, name: str) -> None:
+    data = b"\xef\xbb\xbf" + b"\r\n".join([json.dumps(ROW).encode()] * 2) + b"\r\n"
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    assert [e.inputs for e in read_jsonl(path)] == ["Is it?"] * 2
 
 
 @pytest.mark.parametrize("targets", ["yes", (), ["yes"]])
@@ -142,6 +158,12 @@ def test_tasks_are_found_sorted_and_once(tasks: Path) -> None:
     assert [example.prompt for example in found[1].split("train")] == ["default", "p/2"]
     [slash] = find_tasks([f"{tasks}/beta/"])
     assert slash.name == "beta"
+
+
+def test_a_link_names_a_task(tasks: Path) -> None:
+    (tasks / "gamma").symlink_to(tasks / "beta")
+    [task] = find_tasks([f"{tasks}/g*"])
+    assert (task.name, task.splits) == ("gamma", ("train", "test"))
 
 
 def test_splits_are_read_when_asked_for_and_once(tasks: Path) -> None:

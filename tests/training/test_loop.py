@@ -209,7 +209,8 @@ def test_divergence_names_expert_and_step(params: dict, tmp_path: Path) -> None:
     run = replace(RUN, train_steps=9, log_every=3, checkpoint_every=3)
     with pytest.raises(TrainingDiverged, match="expert 'wild': the loss is nan.*at step 5;") as e:
         train(params, tmp_path, run, members=members)
-    assert str(tmp_path / "checkpoints") in str(e.value) and "\n" not in str(e.value)
+    assert f"{tmp_path / 'checkpoints'}: that of step 3 is kept;" in str(e.value)
+    assert "\n" not in str(e.value)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["3"]
     assert_finite_checkpoints(tmp_path / "checkpoints")
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [3]
@@ -233,6 +234,9 @@ def test_members_that_do_not_fit(params: dict, tmp_path: Path) -> None:
         train(params, tmp_path, members=[MEMBERS[0], longer])
     with pytest.raises(ElmError, match="keep must be at least 1, got 0"):
         replace(RUN, keep=0)
+    for seed in (-1, 2**32):
+        with pytest.raises(ElmError, match="seed must be from 0"):
+            replace(RUN, seed=seed)
 
 
 def test_metrics_file(tmp_path: Path) -> None:

@@ -72,9 +72,11 @@ def test_schedules() -> None:
         ({"schedule": "liner"}, "schedule 'liner' is unknown.*did you mean 'linear'"),
         ({"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
         ({"learning_rate": float("nan")}, "learning_rate must be positive, got nan"),
-        ({"warmup_steps": -1}, "warmup_steps must not be negative, got -1"),
-        ({"weight_decay": -0.1}, "weight_decay must not be negative, got -0.1"),
+        ({"warmup_steps": -1}, "warmup_steps must not be negative"),
+        ({"weight_decay": -0.1}, "weight_decay must not be negative"),
+        ({"weight_decay": float("inf")}, "weight_decay must not be negative nor infinite, got inf"),
         ({"clip_norm": 0.0}, "clip_norm must be positive or None, got 0.0"),
+        ({"clip_norm": float("inf")}, "clip_norm must be positive or None, got inf"),
     ],
 )
 def test_what_is_refused(fields: dict, message: str) -> None:
