@@ -58,7 +58,8 @@ def read_task(
 
     The input is the task's prefix, its input prefix, the example, the choices, and the output
     prefix, each as the file or BIG-bench's default has it. Choices keep the order of the file,
-    where BIG-bench shuffles them. Every choice with the highest score is an accepted answer.
+    where BIG-bench shuffles them. Every choice with the score 1 is an accepted answer, so that
+    accuracy is BIG-bench's multiple choice grade.
 
     Args:
       path: the file, or its folder.
@@ -103,11 +104,10 @@ def _example(task: Mapping[str, Any], row: Any, listed: bool, where: str, prompt
     for choice, score in scores.items():
         if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:
             raise ElmError(f"{where}: the score of choice {choice!r} is {score!r}, not 0 to 1")
-    best = max(scores.values())
-    if best == 0:
+    if not any(scores.values()):
         raise ElmError(f"{where}: no choice is right, all scores are 0")
-    if any(0 < score < best for score in scores.values()):
-        raise ElmError(f"{where}: partly right choices; only right (one score) and wrong (0) ones")
+    if any(0 < score < 1 for score in scores.values()):
+        raise ElmError(f"{where}: partly right choices; only right (1) and wrong (0) ones are read")
     choice_prefix = str(task.get("choice_prefix", CHOICE_PREFIX))
     choices = "".join(choice_prefix + choice for choice in scores) if listed else ""
     text = "".join(
@@ -119,7 +119,7 @@ def _example(task: Mapping[str, Any], row: Any, listed: bool, where: str, prompt
             str(task.get("example_output_prefix", OUTPUT_PREFIX)),
         )
     )
-    right = [choice for choice, score in scores.items() if score == best]
+    right = [choice for choice, score in scores.items() if score == 1]
     entry = {"inputs": text.strip(), "targets": right, "answer_choices": list(scores)}
     return Example.from_row(entry | {"prompt": prompt, "id": where.rpartition("/")[2]}, where)
 

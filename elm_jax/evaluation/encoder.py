@@ -106,5 +106,5 @@ def find_embedder(name: str) -> Embedder:
             raise ElmError(f"backbone {where!r} is {embedder.name!r}, not {name!r}")
         return embedder
     if (Path(name) / RETRIEVER_FILE).is_file():
-        return load_retriever(name)
+        return load_retriever(name, find=find_embedder)
     return load_embedder(name)

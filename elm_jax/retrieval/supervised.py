@@ -122,12 +122,18 @@ def _dataset(task: str) -> str:
     return task.partition("/")[0]
 
 
-def load_retriever(path: str | Path, base: Embedder | None = None) -> SupervisedEmbedder:
+def load_retriever(
+    path: str | Path,
+    base: Embedder | None = None,
+    *,
+    find: Callable[[str], Embedder] = load_embedder,
+) -> SupervisedEmbedder:
     """Reads a folder of `SupervisedEmbedder.save`.
 
     Args:
       path: the folder.
-      base: the frozen embedder; found by its recorded name by default.
+      base: the frozen embedder; by default `find` finds it by its recorded name.
+      find: see `base`.
 
     Raises:
       FileNotFoundError: if the folder or one of its files is missing.
@@ -142,7 +148,7 @@ def load_retriever(path: str | Path, base: Embedder | None = None) -> Supervised
             raise ElmError(f"{folder / RETRIEVER_FILE} is no retriever: no 'format': {_FORMAT!r}")
         matrix = np.load(folder / "matrix.npy", allow_pickle=False)
         name = str(data["name"])
-        base = base or load_embedder(data["base"])
+        base = base or find(str(data["base"]))
     except (ValueError, KeyError, EOFError, AttributeError) as error:
         raise ElmError(f"{folder} is a damaged retriever: {error}") from error
     if base.name != data["base"]:

@@ -90,6 +90,7 @@ def test_real_tasks(shared_data: Path) -> None:
         ('{"examples": [{"input": "x", "target_scores": {"a": 0, "b": 0}}]}', "no choice is right"),
         ('{"examples": [{"input": "x", "target_scores": {"a": 2, "b": 0}}]}', "'a' is 2, not 0 to"),
         ('{"examples": [{"input": "x", "target_scores": {"a": 1, "b": 0.5}}]}', "partly right"),
+        ('{"examples": [{"input": "x", "target_scores": {"a": 0.5, "b": 0.5}}]}', "partly right"),
         ('{"append_choices_to_input": "no"}', "true or false is expected"),
         ('{"name": "empty"}', "holds no examples"),
     ],

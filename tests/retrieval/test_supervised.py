@@ -91,6 +91,9 @@ def texts_of(library: Library) -> list[str]:
 
 def test_a_saved_retriever_is_read_back(retriever: SupervisedEmbedder, tmp_path: Path) -> None:
     retriever.save(tmp_path / "r")
+    asked: list[str] = []
+    again = load_retriever(tmp_path / "r", find=lambda name: asked.append(name) or WIDE())
+    assert again.name == retriever.name and asked == ["bag-of-words"]
     again = load_retriever(tmp_path / "r", WIDE())
     assert again.name == retriever.name and again.dimension == 256
     np.testing.assert_array_equal(again.matrix, retriever.matrix)
