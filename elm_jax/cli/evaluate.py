@@ -187,13 +187,13 @@ class _Libraries:
 
 
 def _named(text: str) -> tuple[str | None, str]:
-    """Splits [NAME=]PATH.
+    """Splits [NAME=]PATH; a path may hold '=', too.
 
-    >>> _named('a=b'), _named('b')
-    (('a', 'b'), (None, 'b'))
+    >>> _named('a=b'), _named('b'), _named('runs/lr=1/lib')
+    (('a', 'b'), (None, 'b'), (None, 'runs/lr=1/lib'))
     """
     name, equals, path = text.partition("=")
-    return (name, path) if equals else (None, text)
+    return (name, path) if equals and "/" not in name else (None, text)
 
 
 def _backbone(name: str, quantization: str | None) -> Any:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from elm_jax.evaluation.results import NONE, ExpertSummary, Results, TaskSummary
+from elm_jax.evaluation.retrieval import is_variant
 from elm_jax.evaluation.tables import (
     count_of,
     expert_means,
@@ -26,6 +27,7 @@ from elm_jax.evaluation.tables import (
 
 WIDTH = 996  # pixels, of a figure on a desktop
 NARROW = 340  # on a phone: names stand above their bars
+MOST_BARS = 10  # of one task side by side
 _METRICS = {
     "rouge_l": "ROUGE-L",
     "rouge_1": "ROUGE-1",
@@ -408,10 +410,13 @@ def _ranking_skyline(
 def comparison(results: Results, group: str | None, width: float = WIDTH) -> str:
     """Returns grouped bars: for each task of a group, the score of each strategy.
 
-    A dashed tick stands where always giving the commonest answer would score.
+    A dashed tick stands where always giving the commonest answer would score. Where there are more
+    than `MOST_BARS` strategies, variants of retrieval are left to the table.
     """
     tasks = results.groups.get(group, ())
     scores = grid(results, tasks)
+    if len(scores) > MOST_BARS:
+        scores = {name: column for name, column in scores.items() if not is_variant(name)}
     tasks = tuple(t for t in tasks if any(t.name in column for column in scores.values()))
     if not tasks:
         return ""

@@ -227,6 +227,7 @@ def _suite_table(published: PublishedTable, results: Results, options: Options) 
     backbone = results.backbone["name"]
     rows: list[tuple[Value, ...]] = []
     notes: list[str] = []
+    gaps: dict[str, list[str]] = {}
     used: set[str] = set()
 
     def add(system: str, name: str) -> None:
@@ -236,7 +237,7 @@ def _suite_table(published: PublishedTable, results: Results, options: Options) 
             return
         rows.append((system, f"ours ({name})", backbone, *line.cells, line.total))
         if line.note:
-            notes.append(f"{system}, ours: {line.note}.")
+            gaps.setdefault(line.note, []).append(f"{system}, ours")
 
     for row in published.rows:
         rows.append(_printed(row, published.columns))
@@ -259,7 +260,11 @@ def _suite_table(published: PublishedTable, results: Results, options: Options) 
         f"Table {published.number}: {published.title}",
         _columns(published.columns),
         tuple(rows),
-        notes=(*notes, *_absent(rows, results)),
+        notes=(
+            *notes,
+            *(f"{'; '.join(systems)}: {gap}." for gap, systems in gaps.items()),
+            *_absent(rows, results),
+        ),
     )
 
 

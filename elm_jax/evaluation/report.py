@@ -85,6 +85,9 @@ p { margin: 0 0 .8rem; max-width: 68ch; }
 .findings li:first-child { border-left-color: var(--retrieved); font-size: 1.1rem; }
 figure { margin: 0 0 1.4rem; }
 figcaption { max-width: 72ch; font-size: .93rem; margin-bottom: .6rem; }
+.wide .page { max-width: 1500px; }
+.wide th, .wide td { padding: .42rem .45rem; }
+.wide .long { min-width: 7.5rem; }
 .scroll { overflow-x: auto; max-width: 100%; background: var(--card);
   border: 1px solid var(--line); border-radius: 10px; overscroll-behavior-x: contain; }
 figure .scroll { padding: 1rem 1.1rem; }
@@ -534,7 +537,7 @@ def table_page(title: str, results: Results, made: Sequence[Table], figure: str 
 <title>{escape(title)}</title>
 <style>{figures.STYLE}{_STYLE}</style>
 </head>
-<body>
+<body class="wide">
 <div class="page">
 <header>
 <h1>{escape(title)}</h1>

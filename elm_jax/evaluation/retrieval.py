@@ -81,6 +81,15 @@ class RetrievalSpec:
         return cls(**fields)  # type: ignore[arg-type]
 
 
+def is_variant(name: str) -> bool:
+    """Whether a strategy's name is that of a retrieval with options.
+
+    >>> is_variant('retrieved:top3'), is_variant('retrieved')
+    (True, False)
+    """
+    return is_retrieval(name) and name != RETRIEVED
+
+
 def is_retrieval(name: str) -> bool:
     """Whether a strategy's name is that of a retrieval.
 

@@ -15,6 +15,7 @@ from typing import Any
 from elm_jax.errors import ElmError
 from elm_jax.evaluation.intervals import LEVEL, Difference, compare, split_oracle
 from elm_jax.evaluation.results import NONE, Results, Strategy, TaskSummary
+from elm_jax.evaluation.retrieval import is_variant
 
 Value = str | int | float | None
 
@@ -270,10 +271,10 @@ def _capital(sentence: str) -> str:
 def name_of(strategy: str) -> str:
     """Returns a strategy's name for running text.
 
-    >>> name_of('none'), name_of('rte')
-    ('the bare backbone', 'expert rte')
+    >>> name_of('none'), name_of('rte'), name_of('retrieved:top3')
+    ('the bare backbone', 'expert rte', 'retrieved:top3')
     """
-    return NAMES.get(strategy, f"expert {strategy}")
+    return NAMES.get(strategy, strategy if is_variant(strategy) else f"expert {strategy}")
 
 
 def short_name(strategy: str) -> str:
@@ -667,6 +668,27 @@ def standard_error(results: Results, strategy: Strategy) -> float | None:
     return math.sqrt(sum(variances)) / len(variances)
 
 
+def _variants(results: Results, mean: float) -> list[str]:
+    """Returns what other ways to retrieve come to; `mean` is that of plain retrieval."""
+    targets = {task.name for task in results.targets}
+    means = {
+        name: strategy_mean(results, name)
+        for name, strategy in results.strategies.items()
+        # Means compare only over the same tasks.
+        if is_variant(name) and targets <= {choice.task for choice in strategy.tasks}
+    }
+    known = {name: value for name, value in means.items() if value is not None}
+    if not known:
+        return []
+    best = max(known, key=lambda name: known[name])
+    above = sum(value > mean for value in known.values())
+    return [
+        f"Of {count_of(len(known), 'other way')} to retrieve {above} "
+        f"{'is' if above == 1 else 'are'} above it; the best, as the test labels say, is {best} "
+        f"({100 * known[best]:.1f})."
+    ]
+
+
 def findings(results: Results) -> list[str]:
     """Returns what the numbers say, a sentence each; also where they speak against retrieval."""
     noun, targets = target_noun(results), results.targets
@@ -674,7 +696,8 @@ def findings(results: Results) -> list[str]:
     sentences: list[str] = []
     ours = scores.get("retrieved")
     mean = strategy_mean(results, "retrieved")
-    bases = {n: strategy_mean(results, n) for n in scores if n not in ("retrieved", *UPPER_BOUNDS)}
+    apart = ("retrieved", *UPPER_BOUNDS)
+    bases = {n: strategy_mean(results, n) for n in scores if n not in apart and not is_variant(n)}
     known = {name: value for name, value in bases.items() if value is not None}
     if mean is not None:
         over = count_of(len(targets), noun)
@@ -701,6 +724,7 @@ def findings(results: Results) -> list[str]:
                 f"Retrieval {said} of the gap between the bare backbone ({100 * none:.1f}) and the "
                 f"best expert for each task ({100 * oracle:.1f}, chosen with the test labels)."
             )
+        sentences += _variants(results, mean)
     halves = split_oracle(results)
     if halves is not None and "oracle" in scores:
         sentences.append(

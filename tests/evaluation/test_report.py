@@ -268,6 +268,25 @@ def test_findings_also_speak_against_retrieval(hand: Path) -> None:
     ]
 
 
+def test_ways_to_retrieve_are_summed_up(hand: Path) -> None:
+    better = {"u1": "a", "u2": "b", "s1": "a"}
+    for name, picks in (("retrieved:top3", better), ("retrieved:weighted", {"u1": "b", "u2": "a"})):
+        write_strategy(hand, small_strategy(name, picks))
+    write_strategy(hand, small_strategy("retrieved:first", {"u1": "a"}))  # not on the same tasks
+    results = Results.load(hand)
+    said = tables.findings(results)
+    assert (
+        "Of 2 other ways to retrieve 1 is above it; the best, as the test labels say, is "
+        "retrieved:top3 (55.0)." in said
+    )
+    assert sum("retrieved:" in sentence for sentence in said) == 1
+    assert "retrieved:top3" in figures.comparison(results, "unseen")
+    for queries in range(1, 6):
+        write_strategy(hand, small_strategy(f"retrieved:queries={queries}", better))
+    crowded = figures.comparison(Results.load(hand), "unseen")
+    assert "retrieved:top3" not in crowded and "retrieved" in crowded
+
+
 def test_hits_on_seen_prompts(tmp_path: Path) -> None:
     """Of three seen prompts retrieval finds one's own expert, another prompt's, another task's."""
     chosen = {"s1/p": "s1--p", "s1/q": "s1--p", "s2/p": "s1--p"}
