@@ -261,8 +261,8 @@ def load_backbone(
     """Loads a backbone, array by array.
 
     Args:
-      name_or_path: 'elm-tiny', or a folder: one of `save_backbone`; a Hugging Face T5 or mT5
-        (T5 1.0, 1.1, LM-adapt, T0, FLAN-T5, mT5, ByT5; safetensors, sharded or not); a T5X
+      name_or_path: 'elm-tiny', or a folder: one of `save_backbone`; a Hugging Face T5, mT5
+        or umT5 (T5 1.0, 1.1, LM-adapt, T0, FLAN-T5, ByT5, ...; safetensors, sharded or not); a T5X
         checkpoint (`checkpoint_<step>`, either layout, of its networks `t5` and `scalable_t5`); or
         an Orbax pytree of parameters.
       dtype: 'float32' or 'bfloat16' for computation and weights, None to keep both as stored.

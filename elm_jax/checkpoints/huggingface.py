@@ -1,4 +1,4 @@
-"""T5, mT5 and ByT5 between Hugging Face folders and ours, without PyTorch.
+"""T5, mT5, umT5 and ByT5 between Hugging Face folders and ours, without PyTorch.
 
     shared.weight                                      token_embedder/embedding
     encoder.block.0.layer.0.SelfAttention
@@ -11,7 +11,8 @@
     decoder.final_layer_norm.weight                    decoder/decoder_norm/scale
     lm_head.weight                                     decoder/logits_dense/kernel *
 
-Those with * are transposed.
+Those with * are transposed. In a umT5 every layer has a position bias of its own, ours under
+encoder/layers_0/relpos_bias.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from elm_jax.experts.files import new_folder, read_json, write_json
 from elm_jax.experts.tree import Tree, flatten, unflatten
 from elm_jax.models import T5Config
 
-MODEL_TYPES = ("t5", "mt5")
+MODEL_TYPES = ("t5", "mt5", "umt5")
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _EMBEDDING, _LM_HEAD = "shared.weight", "lm_head.weight"
@@ -76,7 +77,7 @@ _ACTIVATIONS = {
 
 
 def from_huggingface(folder: str | os.PathLike[str]) -> Backbone:
-    """Reads a T5 or mT5 (T5 1.0, 1.1, LM-adapt, T0, FLAN, mT5, ByT5) from a Hugging Face folder.
+    """Reads a T5 (1.0, 1.1, LM-adapt, T0, FLAN, ByT5), mT5 or umT5 from a Hugging Face folder.
 
     Args:
       folder: with config.json and model.safetensors, or the shards of
@@ -121,6 +122,10 @@ def open_huggingface(folder: Path) -> Source:
 def save_huggingface(backbone: Backbone, folder: str | os.PathLike[str]) -> Path:
     """Writes a folder that `T5ForConditionalGeneration.from_pretrained` loads.
 
+    Where every layer has a position bias it is `UMT5ForConditionalGeneration`. Of an untied one
+    transformers 5 scales the logits by D ** -0.5, as it does with those of Google's; transformers 4
+    and ours do not.
+
     Args:
       backbone: what to write, arrays in their dtype; mT5 is written as the T5 1.1 that it is.
       folder: a folder that is not there yet, or is empty.
@@ -153,11 +158,12 @@ def config_from_hf(data: Mapping[str, Any], where: object = CONFIG_FILE) -> T5Co
     """Translates a Hugging Face config.
 
     Args:
-      data: config.json of a T5 or mT5.
+      data: config.json of a T5, mT5 or umT5.
       where: its path, for messages.
 
     Raises:
-      ElmError: for another model type, a missing size or an unknown activation.
+      ElmError: for another model type, a missing size, an unknown activation, or ids of padding and
+        start that are not 0.
 
     >>> sizes = dict(vocab_size=9, d_model=4, num_heads=2, d_kv=2, d_ff=8, num_layers=1)
     >>> config_from_hf({'model_type': 't5', **sizes}).mlp_activations
@@ -172,10 +178,18 @@ def config_from_hf(data: Mapping[str, Any], where: object = CONFIG_FILE) -> T5Co
     for key in _SIZES:
         if key not in data:
             raise ElmError(f"{where}: key {key!r} is missing")
+    for key in ("pad_token_id", "decoder_start_token_id"):
+        if data.get(key) not in (None, 0):
+            raise ElmError(f"{where}: {key} is {data[key]!r:.50}; only 0, T5's, is supported")
+    for key in ("tie_word_embeddings", "scale_decoder_outputs", "is_gated_act"):
+        if data.get(key) not in (None, True, False):
+            raise ElmError(f"{where}: {key} is {data[key]!r:.50}, expected true or false")
     projection = data.get("feed_forward_proj", "relu" if kind == "t5" else "gated-gelu")
     *gate, name = str(projection).split("-")
     name = "gelu_new" if projection == "gated-gelu" else name
-    name = str(data.get("dense_act_fn", name))
+    name = str(data.get("dense_act_fn") or name)
+    gated = data.get("is_gated_act")
+    gated = bool(gate) if gated is None else bool(gated)
     if gate not in ([], ["gated"]) or name not in _ACTIVATIONS:
         raise ElmError(
             f"{where}: feed_forward_proj {projection!r} with activation {name!r} is not supported"
@@ -184,31 +198,28 @@ def config_from_hf(data: Mapping[str, Any], where: object = CONFIG_FILE) -> T5Co
         )
     activation = _ACTIVATIONS[name]
     # T5 1.0 scales the decoder's output where it ties; transformers 5 calls every model tied and
-    # says in a key of its own whether to scale. mT5 never scales.
+    # says in a key of its own whether to scale. mT5 never scales; umT5 does where it ties.
     scaled = data.get("scale_decoder_outputs", data.get("tie_word_embeddings") is not False)
+    decoder_layers = data.get("num_decoder_layers")
     try:
         return T5Config(
             **{ours: data[theirs] for theirs, ours in _SIZES.items()},
             **{key: data[key] for key in _OPTIONS if key in data},
-            num_decoder_layers=data.get("num_decoder_layers") or data["num_layers"],
-            mlp_activations=(activation, "linear") if gate else (activation,),
-            logits_via_embedding=kind == "t5" and bool(scaled),
+            num_decoder_layers=data["num_layers"] if decoder_layers is None else decoder_layers,
+            mlp_activations=(activation, "linear") if gated else (activation,),
+            logits_via_embedding=kind != "mt5" and bool(scaled),
+            relative_attention_per_layer=kind == "umt5",
         )
     except (ElmError, TypeError) as error:
         raise ElmError(f"{where}: {error}") from error
 
 
 def config_to_hf(config: T5Config) -> dict[str, Any]:
-    """Translates a config to a Hugging Face T5's config.json.
+    """Translates a config to the config.json of a T5, or umT5, of Hugging Face.
 
     Raises:
       ElmError: for activations that transformers cannot express.
     """
-    if config.relative_attention_per_layer:
-        raise ElmError(
-            "every layer has a position bias of its own (relative_attention_per_layer), which no "
-            "T5 of Hugging Face has; write a T5X checkpoint instead"
-        )
     names = {"gelu_tanh": "gelu_new", "relu": "relu", "gelu": "gelu", "silu": "silu"}
     activation, *gate = config.mlp_activations
     if activation not in names or gate not in ([], ["linear"]):
@@ -222,9 +233,10 @@ def config_to_hf(config: T5Config) -> dict[str, Any]:
         projection = "gated-gelu"
     else:  # transformers reads 'gated-gelu' as the approximation
         projection = "gated-" + ("gelu_python" if activation == "gelu" else names[activation])
+    kind = "umt5" if config.relative_attention_per_layer else "t5"
     return {
-        "model_type": "t5",
-        "architectures": ["T5ForConditionalGeneration"],
+        "model_type": kind,
+        "architectures": [f"{kind.upper()}ForConditionalGeneration"],
         "is_encoder_decoder": True,
         **{theirs: getattr(config, ours) for theirs, ours in _SIZES.items()},
         **{key: getattr(config, key) for key in _OPTIONS},
@@ -320,11 +332,13 @@ def _names(config: T5Config) -> Iterator[tuple[str, str]]:
         ),
     }
     for stack, (layers, attentions) in stacks.items():
-        bias = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-        yield f"{stack}/relpos_bias/rel_embedding", bias
         yield f"{stack}/{stack}_norm/scale", f"{stack}.final_layer_norm.weight"
         for i in range(layers):
             ours, theirs = f"{stack}/layers_{i}", f"{stack}.block.{i}.layer"
+            if config.relative_attention_per_layer or not i:
+                owner = ours if config.relative_attention_per_layer else stack
+                bias = f"{theirs}.0.SelfAttention.relative_attention_bias.weight"
+                yield f"{owner}/relpos_bias/rel_embedding", bias
             for j, (attention, their_attention) in enumerate(attentions.items()):
                 norm = "cross_attention" if j else attention
                 yield f"{ours}/pre_{norm}_layer_norm/scale", f"{theirs}.{j}.layer_norm.weight"

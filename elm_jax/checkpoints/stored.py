@@ -42,6 +42,18 @@ DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 """Names of dtypes in safetensors files."""
+UNREADABLE = (
+    "F8_E4M3",
+    "F8_E5M2",
+    "F8_E8M0",
+    "F8_E4M3FNUZ",
+    "F8_E5M2FNUZ",
+    "F6_E2M3",
+    "F6_E3M2",
+    "F4",
+    "C64",
+)
+"""Names of more of them, of which no backbone is made."""
 MAX_HEADER = 100_000_000
 """Longest header of a safetensors file that is read; the format's own limit."""
 BLOCK = 16 * 2**20
@@ -258,6 +270,11 @@ def open_safetensors(path: Path) -> dict[str, StoredArray]:
             numbers = [*shape, begin, end]
         except (TypeError, KeyError, ValueError) as error:
             raise damaged(f"tensor {name!r:.100} lacks dtype, shape or data_offsets") from error
+        if dtype in UNREADABLE:
+            raise ElmError(
+                f"{path}: tensor {name!r:.100} has dtype {dtype}, which is not supported; save the "
+                "model in float32, float16 or bfloat16"
+            )
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise damaged(f"tensor {name!r:.100} has the unknown dtype {dtype!r:.50}")
         if any(type(n) is not int or n < 0 for n in numbers) or len(shape) > 8:

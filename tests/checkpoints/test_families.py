@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from elm_jax.checkpoints import Backbone, load_backbone, save_backbone, save_huggingface
 from elm_jax.data.vocabulary import ByteVocabulary, Vocabulary, load_vocabulary
@@ -29,7 +29,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "choices": {"feed_forward_proj": ("gated-gelu", "gated-silu")},
         "tied": (False, False, True),
     },
-    "mT5": {"choices": {"feed_forward_proj": ("gated-gelu",)}, "tied": (False, True), "mt5": True},
+    "mT5": {
+        "choices": {"feed_forward_proj": ("gated-gelu",)},
+        "tied": (False, True),
+        "kind": "MT5",
+    },
+    "umT5": {
+        "choices": {"feed_forward_proj": ("gated-gelu", "relu")},
+        "tied": (True,),
+        "kind": "UMT5",
+    },
     "ByT5": {
         "choices": {"feed_forward_proj": ("gated-gelu",), "tokenizer_class": ("ByT5Tokenizer",)},
         "tied": (False,),
@@ -57,7 +66,7 @@ def random_model(family: str, number: int) -> Any:
         **{key: pick(*values) for key, values in facts["choices"].items()},
     }
     tied = facts["tied"][number % len(facts["tied"])]
-    kind = "MT5" if facts.get("mt5") else "T5"
+    kind = facts.get("kind", "T5")
     if kind == "T5":
         options["tie_word_embeddings"] = tied
     torch.manual_seed(number)
@@ -133,12 +142,33 @@ def test_a_folder_of_transformers_and_back(tmp_path: Path, family: str, number: 
         assert after[name].dtype == tensor.dtype
         np.testing.assert_array_equal(after[name], tensor, err_msg=name)
     if number == 0:  # what transformers loads of ours is the same model
-        again, info = transformers.T5ForConditionalGeneration.from_pretrained(
+        kind = "UMT5" if family == "umT5" else "T5"
+        again, info = getattr(transformers, f"{kind}ForConditionalGeneration").from_pretrained(
             written, output_loading_info=True
         )
         assert not any(info.values()), info
         for ours, wanted in zip(their_numbers(again.eval(), inputs, targets), theirs, strict=True):
             np.testing.assert_array_equal(ours, wanted)
+
+
+def test_an_output_layer_of_its_own_as_googles_umt5_has(tmp_path: Path) -> None:
+    model = random_model("umT5", 0)
+    model.save_pretrained(tmp_path / "umt5")
+    config = tmp_path / "umt5" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": False}))
+    weights = load_file(tmp_path / "umt5" / "model.safetensors")
+    weights["lm_head.weight"] = np.flip(weights["shared.weight"]).copy()
+    save_file(weights, tmp_path / "umt5" / "model.safetensors", {"format": "pt"})
+    loaded = load_backbone(tmp_path / "umt5")
+    inputs, targets = batch(loaded.config.vocab_size)
+    theirs = type(model).from_pretrained(tmp_path / "umt5").eval()
+    scale = theirs.config.d_model**-0.5 if theirs.config.tie_word_embeddings else 1.0
+    wanted = their_numbers(theirs, inputs, targets)[-1] / scale  # transformers 5 ties every umT5
+    np.testing.assert_allclose(our_numbers(loaded, inputs, targets)[-1], wanted, atol=1e-4)
+    again = load_file(save_huggingface(loaded, tmp_path / "ours") / "model.safetensors")
+    assert again.keys() == weights.keys()
+    for name, tensor in weights.items():
+        np.testing.assert_array_equal(again[name], tensor, err_msg=name)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -217,19 +217,34 @@ def test_a_real_config_of_transformers_4() -> None:
     )  # fmt: skip
 
 
+def test_options_that_older_and_newer_configs_spell_out(folder: Path) -> None:
+    wanted = from_huggingface(folder).config
+    spelled = {"feed_forward_proj": "gelu_new", "is_gated_act": True, "dense_act_fn": "gelu_new"}
+    nothing = {"pad_token_id": None, "num_decoder_layers": 1}
+    edit(folder, config=spelled | nothing)
+    assert from_huggingface(folder).config == wanted
+    edit(folder, config={"feed_forward_proj": "gated-gelu", "dense_act_fn": "silu"})
+    assert from_huggingface(folder).config.mlp_activations == ("silu", "linear")
+
+
 # In: failures
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "umt5"}, "'umt5' is not supported.*did you mean 'mt5'.*t5, mt5"),
+        ({"model_type": "umt55"}, "'umt55' is not supported.*did you mean 'umt5'.*t5, mt5"),
         ({"model_type": "bert"}, "'bert' is not supported"),
         ({"d_kv": None}, "key 'd_kv' is missing"),
         ({"d_kv": "five"}, "head_dim must be a positive integer, got 'five'"),
         ({"feed_forward_proj": "gated-gelo"}, "'gated-gelo'.*did you mean 'gelu'"),
         ({"feed_forward_proj": "fancy-gelu"}, "'fancy-gelu'.*not supported"),
         ({"dropout_rate": "a"}, "config.json"),
+        ({"pad_token_id": 3}, "pad_token_id is 3; only 0"),
+        ({"decoder_start_token_id": 2}, "decoder_start_token_id is 2; only 0"),
+        ({"is_gated_act": "yes"}, "is_gated_act is 'yes', expected true or false"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', expected true or"),
+        ({"num_decoder_layers": 0}, "num_decoder_layers must be a positive integer, got 0"),
     ],
 )
 def test_a_wrong_config_names_the_key(folder: Path, config: Any, message: str) -> None:

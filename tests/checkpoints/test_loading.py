@@ -141,6 +141,15 @@ def test_a_damaged_safetensors_file_is_refused_by_its_header(
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
+def test_a_dtype_that_no_backbone_has_is_no_damage(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(header({"a": {**GOOD, "dtype": "F8_E4M3", "shape": [8]}}, b"\0" * 8))
+    with pytest.raises(
+        ElmError, match=r"x\.safetensors: tensor 'a' has dtype F8_E4M3, which is not"
+    ):
+        open_safetensors(path)
+
+
 def test_a_file_that_is_cut_after_it_was_opened(file: Path, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(file.read_bytes())
