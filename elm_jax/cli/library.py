@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from elm_jax.retrieval import Library
 
 _BUILD_EXAMPLE = """example:
-  elm-jax library build store --output library --exclude 'multitask*'
+  elm-jax library build store --output library --exclude 'wiki_auto*'
 """
 _SEARCH_EXAMPLE = """example:
   elm-jax library search library --instances tasks/rte/train.jsonl --top 5
@@ -74,7 +74,11 @@ def add_parser(subparsers: Any) -> None:
         help="form in which an instance is embedded (default: %(default)s)",
     )
     build.add_argument(
-        "--include", nargs="+", default=[], metavar="P", help="only these expert ids"
+        "--include",
+        nargs="+",
+        default=[],
+        metavar="P",
+        help="only these expert ids (default: all trained on one task, none multitask or merged)",
     )
     build.add_argument("--exclude", nargs="+", default=[], metavar="P", help="not these expert ids")
     build.add_argument("--json", action="store_true", help="print JSON")

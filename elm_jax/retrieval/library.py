@@ -54,6 +54,13 @@ class StoredExpert:
     tasks: tuple[str, ...]
     embedder: KeySpace | None
     """Where the folder's keys.npy lives, if it has one."""
+    merged: bool = False
+    """Whether it was made of other experts, whose instances it has."""
+
+    @property
+    def single(self) -> bool:
+        """Whether it was trained, and on one task alone."""
+        return not self.merged and len(self.tasks) == 1
 
 
 @dataclass(frozen=True)
@@ -121,7 +128,8 @@ class Library:
           embedder: the embedder whose keys to gather.
           instances_per_expert: S, keys taken of each expert; all where it has fewer.
           form: the text form of an instance, one of `TEXT_FORMATS` or its name.
-          include: patterns of expert ids to take; all where empty.
+          include: patterns of expert ids to take; where empty, all that were trained on one task: a
+            multitask or merged expert has the instances of others, and would take their votes.
           exclude: patterns of expert ids to leave out.
           progress: whether to draw a progress bar on stderr.
 
@@ -379,6 +387,7 @@ def read_expert_entry(folder: epath.PathLike) -> StoredExpert:
             embedder=None
             if made_by is None
             else KeySpace(made_by["name"], int(made_by["dimension"]), made_by["text_format"]),
+            merged=bool(data.get("merged_from")),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ElmError(f"{folder}/expert.json is damaged: {error!r}") from error
@@ -401,9 +410,13 @@ def _select(
             chosen |= found
         return chosen
 
-    kept = (matching(include) or set(ids)) - matching(exclude)
+    kept = matching(include) or {expert.id for expert in experts if expert.single}
+    kept -= matching(exclude)
     if not kept:
-        raise ElmError(f"no expert of {store} is left: all {len(ids)} are excluded")
+        raise ElmError(
+            f"no expert of {store} is left: all {len(ids)} are excluded, or of several tasks or "
+            "merged and not named by include"
+        )
     return [expert for expert in experts if expert.id in kept]
 
 

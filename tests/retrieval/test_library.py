@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -221,6 +222,19 @@ def test_patterns_choose_experts_and_must_match(store: Path) -> None:
         built(exclude=["foods"])
     with pytest.raises(ElmError, match="all 3 are excluded"):
         built(exclude=["*"])
+
+
+def test_experts_with_the_instances_of_others_are_taken_only_by_name(store: Path) -> None:
+    write_expert(store, "both", WORDS["food"], tasks=["food", "laws"])
+    write_expert(store, "added", WORDS["food"], merged_from=[{"id": "food", "weight": 1.0}])
+    ids = [entry.id for entry in Library.build(store, BagOfWords()).entries]
+    assert ids == ["food", "laws", "ships"]
+    named = Library.build(store, BagOfWords(), include=["*"], exclude=["laws"])
+    assert [entry.id for entry in named.entries] == ["added", "both", "food", "ships"]
+    for name in ("food", "laws", "ships"):
+        shutil.rmtree(store / name)
+    with pytest.raises(ElmError, match="all 2 are excluded, or of several tasks or merged"):
+        Library.build(store, BagOfWords())
 
 
 def test_retrieval_chooses_the_expert_of_the_nearest_texts(store: Path) -> None:
