@@ -568,6 +568,57 @@ def unread_macros(entries: Iterable[Entry], names: Iterable[str]) -> dict[str, s
     }
 
 
+def check_use(
+    function: Callable[..., Any],
+    gin_files: Iterable[str],
+    bindings: Iterable[str],
+    folders: Sequence[Path],
+    library: Sequence[Path],
+) -> None:
+    """Refuses what gin would take and do nothing with, or would miss in the middle of a run.
+
+    Args:
+      function: what the script calls, with gin's current configuration.
+      gin_files: those that the user names.
+      bindings: the user's own, such as 'TRAIN_STEPS = 100'.
+      folders: where files are looked for.
+      library: folders of files whose macros a run need not read.
+
+    Raises:
+      ElmError: for a macro that is read but not set; and for a macro, or a parameter of this
+        library, which the user set, by a flag or in a file of their own, and which nothing reads.
+    """
+    for text in unset_macros([function]):
+        raise ElmError(text)
+    names = [binding.partition("=")[0].strip() for binding in bindings]
+    macros = [name for name in names if "." not in name]
+    for path in (find(name, folders) for name in gin_files):
+        if path is not None and not any(_is_in(path, folder) for folder in library):
+            macros += read(path).macros
+    for text in unread_macros([function], macros).values():
+        raise ElmError(text)
+    in_use = used([function])
+    for name in names:
+        selector = name.split("/")[-1].rpartition(".")[0]  # as much of the name as gin needs
+        if not selector or selector.split(".")[-1] == function.__name__:
+            continue
+        if any(f".{full}".endswith(f".{selector}") for full in in_use):
+            continue
+        if _module_of(selector).startswith("elm_jax."):  # others may call their own by themselves
+            raise ElmError(f"nothing reads {name}: the run does not use {selector}")
+
+
+def _is_in(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
+
+
+def _module_of(selector: str) -> str:
+    """Returns the module of what gin knows by a name."""
+    from gin import config
+
+    return str(config.parse_value(f"@{selector}").configurable.wrapped.__module__)
+
+
 def used(entries: Iterable[Entry]) -> dict[str, Any]:
     """Returns the functions and classes that a run uses, by gin's full names of them."""
     return {r.configurable.selector: r.configurable.wrapped for r in reached(entries)[1]}

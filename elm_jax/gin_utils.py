@@ -14,7 +14,7 @@ from typing import Any
 
 from elm_jax import gin_check
 from elm_jax.cli import common
-from elm_jax.cli.main import describe
+from elm_jax.cli.main import describe, interrupted
 from elm_jax.errors import ElmError, Preempted, nearest
 
 
@@ -93,7 +93,8 @@ def run(
       distributed: whether it may run as several processes, and stops on SIGTERM with a checkpoint.
 
     Returns:
-      The exit status: 0 done, 1 failed, 75 asked to stop; bad arguments exit with 2.
+      The exit status: 0 done, 1 failed, 75 asked to stop, 130 interrupted; bad arguments exit
+      with 2.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     description = sys.modules[function.__module__].__doc__ or ""
@@ -109,12 +110,14 @@ def run(
     try:
         gin_check.set_search_path(folders)
         gin.parse_config_files_and_bindings(args.gin_file, args.bindings, finalize_config=False)
-        _check_use(function, args, folders)
+        gin_check.check_use(function, args.gin_file, args.bindings, folders, [gin_folder()])
         gin.finalize()
     except Exception as error:  # whatever is wrong in a configuration is its writer's to mend
         return _fail(str(error) + _nearest_parameter(str(error), function))
     try:
         gin.get_configurable(function)()
+    except KeyboardInterrupt:
+        return interrupted(leave_now=argv is None)
     except Exception as error:
         line = describe(error)
         if line is None and isinstance(error, (TypeError, ValueError)) and "gin" in str(error):
@@ -123,33 +126,6 @@ def run(
             raise
         return _fail(line, error.exit_status if isinstance(error, Preempted) else 1)
     return 0
-
-
-def _check_use(
-    function: Callable[..., Any], args: argparse.Namespace, folders: Sequence[Path]
-) -> None:
-    """Refuses what gin would take and do nothing with, or would miss in the middle of the run.
-
-    Raises:
-      ElmError: for a macro that is read but not set; and for a macro or parameter which the user
-        set, by a flag or in a file of their own, and which nothing reads.
-    """
-    for text in gin_check.unset_macros([function]):
-        raise ElmError(text)
-    names = [binding.partition(" = ")[0] for binding in args.bindings]
-    macros = [name for name in names if "." not in name]
-    for path in (gin_check.find(name, folders) for name in args.gin_file):
-        if path is not None and not path.resolve().is_relative_to(gin_folder().resolve()):
-            macros += gin_check.read(path).macros
-    for text in gin_check.unread_macros([function], macros).values():
-        raise ElmError(text)
-    used = gin_check.used([function])
-    for name in names:
-        selector = name.split("/")[-1].rpartition(".")[0]  # as much of the name as gin needs
-        if not selector or selector.split(".")[-1] == function.__name__:
-            continue
-        if not any(f".{full}".endswith(f".{selector}") for full in used):
-            raise ElmError(f"nothing reads {name}: the run does not use {selector}")
 
 
 def _nearest_parameter(message: str, function: Callable[..., Any]) -> str:

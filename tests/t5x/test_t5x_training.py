@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -119,6 +120,36 @@ def sharded(world):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return world.folder / "sharded"
+
+
+@pytest.mark.parametrize(
+    ("binding", "said"),
+    [
+        ("specs.LoraSpec.rank = 2", None),
+        ("LEARNIN_RATE = 0.1", "nothing reads the macro 'LEARNIN_RATE' .did you mean 'LEARNING_R"),
+        ("INFER_MODE = 'score'", "nothing reads the macro 'INFER_MODE'"),  # another script's
+        ("specs.AdapterSpec.bottleneck = 2", "nothing reads specs.AdapterSpec.bottleneck"),
+    ],
+)
+def test_settings_that_nothing_reads_are_refused(binding, said, world, monkeypatch):
+    """As gin itself takes them without a word."""
+    import t5x.train
+
+    import gin
+    from elm_jax.t5x import strict
+
+    files = ["t5x/train_prompt_expert.gin", "experts/lora.gin", "t5x/folders.gin"]
+    files, bindings = [str(world.model), *files], [*world.bindings("train"), binding]
+    bindings += ["MODEL_DIR = 'run'", "TRAIN_STEPS = 1"]
+    given = {"gin_file": files, "gin_bindings": bindings, "gin_search_paths": []}
+    monkeypatch.setattr(strict.flags, "FLAGS", types.SimpleNamespace(**given))
+    with gin_check.fresh_gin(t5x.train, gin_check.search_folders()):
+        gin.parse_config_files_and_bindings(files, bindings, finalize_config=False)
+        if said is None:
+            strict.check_settings()
+        else:
+            with pytest.raises(ElmError, match=said):
+                strict.check_settings()
 
 
 def close(a, b, **tolerance):
