@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from elm_jax.errors import ElmError, Preempted
 from elm_jax.version import __version__
@@ -32,8 +34,8 @@ _DESCRIPTION = """\
 Trains many small experts over one frozen T5, then retrieves, merges and evaluates them.
 
 A usual order: train -> library build -> evaluate -> report.
-Exit status: 0 done, 1 failed, 2 bad arguments, 75 asked to stop and 134 another process
-of the run was lost (run it again).
+Exit status: 0 done, 1 failed, 2 bad arguments, 130 interrupted, 75 asked to stop and 134
+another process of the run was lost (run it again).
 ELM_JAX_DEBUG=1 shows tracebacks.
 """
 
@@ -56,6 +58,8 @@ def make_parser() -> argparse.ArgumentParser:
 def describe(error: BaseException) -> str | None:
     """Returns the one line that a user needs of an error, or None if it is a bug of ours."""
     text = " ".join(str(error).split())
+    if isinstance(error, (FileNotFoundError, FileExistsError)) and error.filename:
+        return f"{error.filename}: {error.strerror}"  # by the system, which begins with a number
     if isinstance(error, (ElmError, FileNotFoundError, FileExistsError)):
         return text
     # Orbax and tensorstore wrap a full disk in types of their own.
@@ -88,10 +92,37 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: arguments without the program's name; those of the process by default.
 
     Returns:
-      The exit status: 0 done, 1 failed, 2 bad arguments.
+      The exit status: 0 done, 1 failed, 2 bad arguments, 130 interrupted.
     """
     # TensorFlow, where a command loads it, should not fill the screen.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    try:
+        return _run(argv)
+    except KeyboardInterrupt:
+        return interrupted(leave_now=argv is None)
+
+
+def interrupted(*, leave_now: bool) -> int:
+    """Says that a command was interrupted; returns its exit status, 130.
+
+    Args:
+      leave_now: end the process here. XLA may be compiling or computing in other threads, and the
+        interpreter's own way out would now and then crash under them, with another status.
+    """
+    print("elm-jax: interrupted", file=sys.stderr)
+    if leave_now:
+        _leave(130)
+    return 130
+
+
+def _leave(status: int) -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     try:
         args = make_parser().parse_args(argv)
     except SystemExit as error:
@@ -106,9 +137,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.unraisablehook = _ignore_closed_loop
     try:
         return int(args.run(args) or 0)
-    except KeyboardInterrupt:
-        print("elm-jax: interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -137,6 +137,11 @@ class ExpertInfo:
         if missing:
             raise ElmError(f"{where}: lacks {', '.join(missing)}")
         fields = {name: data[name] for name in names}
+        for name in ("backbone", "settings", "metrics"):
+            if not isinstance(fields[name], dict):
+                raise ElmError(f"{where}: {name} should be an object, got {fields[name]!r:.50}")
+        if absent := sorted({"name", "fingerprint"} - fields["backbone"].keys()):
+            raise ElmError(f"{where}: backbone lacks {' and '.join(absent)}")
         try:
             fields.update(
                 spec=spec_from_json(data["spec"]),
@@ -234,6 +239,8 @@ class ExpertStore:
     def shapes(self, name: str) -> Tree:
         """Returns the tree of an expert's array metadata (shape, dtype) without reading arrays."""
         folder = (self.folder(name) / "params").resolve()
+        if not folder.is_dir():
+            raise ElmError(f"{folder}: damaged or incomplete (it is missing)")
         try:
             with _checkpointer() as checkpointer:
                 return checkpointer.metadata(folder).item_metadata.tree

@@ -17,6 +17,7 @@ import pytest
 import tiny
 from safetensors.numpy import load_file
 
+from elm_jax.cli.common import ProgressBar
 from elm_jax.cli.main import COMMANDS, describe, main
 from elm_jax.errors import ElmError
 from elm_jax.evaluation import results
@@ -245,6 +246,44 @@ def test_bad_arguments(arguments: list[str], said: str, capsys: pytest.CaptureFi
     assert said in capsys.readouterr().err
 
 
+def test_a_bar_that_was_told_nothing_leaves_no_trace(capsys: pytest.CaptureFixture[str]) -> None:
+    bar = ProgressBar("steps")
+    bar.close()
+    assert capsys.readouterr().err == ""
+    bar.update(1, 2, "a", {"loss": 0.5})
+    bar.close()
+    assert "1/2" in (err := capsys.readouterr().err) and "loss=0.5" in err
+
+
+def test_an_interrupted_command_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("elm_jax.cli.mini.run", stopped)
+    assert main(["mini", "--output", "tasks"]) == 130
+    assert capsys.readouterr().err == "elm-jax: interrupted\n"
+
+
+def test_an_interrupted_program_ends_at_once() -> None:
+    """Threads of XLA that are still at work would crash the interpreter's own way out."""
+    code = """if True:
+        import atexit, os, sys
+        import elm_jax.cli.main, elm_jax.cli.mini
+        def stopped(_):
+            raise KeyboardInterrupt
+        elm_jax.cli.mini.run = stopped
+        atexit.register(os._exit, 3)
+        sys.argv = ["elm-jax", "mini", "--output", "tasks"]
+        print("kept", end="")
+        sys.exit(elm_jax.cli.main.main())
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, "kept"), done.stderr
+    assert done.stderr == "elm-jax: interrupted\n"
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert re.fullmatch(r"elm-jax \d+\.\d+\.\d+\n", capsys.readouterr().out)
@@ -285,6 +324,10 @@ def test_training_mistakes(
     assert "expert 'lora' has no option 'bottleneck'" in said("--expert", "lora")
     assert "(did you mean 'activation'?)" in said("--expert-option", "activations=relu")
     assert "no task matches" in fails(*train_arguments(model, tmp_path / "s", f"{tasks}/tests/*"))
+    (tmp_path / "left/topic_room").mkdir(parents=True)
+    left = train_arguments(model, tmp_path / "left", f"{tasks}/train/topic_room")
+    assert "topic_room is in the way: it lacks expert.json" in fails(*left)
+    assert [p.name for p in (tmp_path / "left").iterdir()] == ["topic_room"]
     assert "(did you mean" in fails(*train_arguments(model, tmp_path / "s", "mini:sentiment_plays"))
     assert "no axis 'dta' (did you mean 'data'?)" in said("--mesh", "dta=1")
     assert "data=x" in said("--mesh", "data=x")

@@ -165,6 +165,11 @@ def test_other_arrays_fail_the_checksum(store: ExpertStore) -> None:
         (lambda text: text.replace('"format_version": 1', '"format_version": 9'), "version 9"),
         (lambda text: text.replace('"parallel"', '"paralel"'), "did you mean 'parallel'"),
         (lambda text: text.replace('"checksum"', '"sum"'), "lacks checksum"),
+        (
+            lambda text: text.replace('"metrics": {', '"metrics": null, "m": {'),
+            "metrics should be an",
+        ),
+        (lambda text: text.replace('"fingerprint"', '"print"'), "backbone lacks fingerprint"),
         (lambda text: text.replace('"id": "rte"', '"id": "cb"'), "says id 'cb'"),
     ],
 )
