@@ -98,7 +98,7 @@ class Fingerprint:
         self._digest.update(f"\n{path} {list(sample.shape)}\n".encode())
         if sample.array is None:
             self._file.seek(sample.start)
-            self._digest.update(self._file.read(sample.count))
+            self._digest.update(self._file.read(sample.nbytes))
             return
         for part in _sample(sample.array):
             self._digest.update(_values(part))
@@ -113,7 +113,7 @@ class _Sample(NamedTuple):
     shape: tuple[int, ...]
     array: Any
     start: int = 0
-    count: int = 0
+    nbytes: int = 0
 
 
 def _begin(config: T5Config) -> Any:
