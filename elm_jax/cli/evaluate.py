@@ -314,7 +314,7 @@ def run(args: argparse.Namespace) -> int:
         generation=generation_config(args, suite.decoding if suite else "greedy"),
     )
     store = ExpertStore(args.store) if args.store else None
-    if store is None and args.with_ != ["none"]:
+    if store is None and set(args.with_) != {"none"}:
         raise ElmError(f"--with {' '.join(args.with_)} needs --store")
     libraries = _Libraries(args.library, args.embedder)
     backbone = _backbone(args.backbone, args.quantize)

@@ -75,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
         store.folder(args.id)  # an error names the nearest id
     ids = store.ids() if args.id is None else [args.id]
     if args.action == "list":
+        if not ids and not (store.path / ".runs").is_dir():
+            raise ElmError(f"{store.path} holds no expert")
         infos = [store.info(name) for name in ids]
         if args.json:
             common.print_json([info.to_json() for info in infos])

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -96,10 +97,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     # TensorFlow, where a command loads it, should not fill the screen.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         return _run(argv)
     except KeyboardInterrupt:
         return interrupted(leave_now=argv is None)
+    finally:
+        if signal.getsignal(signal.SIGTERM) != on_sigterm:  # training stops on it
+            signal.signal(signal.SIGTERM, on_sigterm)
 
 
 def interrupted(*, leave_now: bool) -> int:

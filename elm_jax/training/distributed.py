@@ -202,7 +202,8 @@ def stop_on_sigterm() -> None:
 
     With several processes JAX listens for SIGTERM itself and lets all stop at the same step.
     """
-    if jax.process_count() == 1:
+    _asked_to_stop.clear()
+    if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: _asked_to_stop.set())
 
 

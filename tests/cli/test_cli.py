@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -345,6 +346,8 @@ def test_training_mistakes(
     assert "truncated or damaged safetensors file" in said("--backbone", str(broken))
     assert "loss is" in said("--learning-rate", "1e38", "--clip-norm", "0", "--weight-decay", "9")
     assert ExpertStore(tmp_path / "store").ids() == []
+    # Training stops on SIGTERM with a checkpoint; after it, in the same process, nothing listens.
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_store_mistakes(
@@ -352,6 +355,8 @@ def test_store_mistakes(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     assert "no expert store at" in fails("experts", "list", tmp_path / "nowhere")
+    (tmp_path / "other").mkdir(exist_ok=True)
+    assert "holds no expert" in fails("experts", "list", tmp_path / "other")
     assert "no 'topic_rom' (did you mean 'topic_room'?)" in fails(
         "experts", "show", store, "topic_rom"
     )
