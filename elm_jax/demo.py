@@ -65,7 +65,7 @@ def demo(output: Path) -> None:
             f"train --tasks mini:train --multitask multitask --expert full --store {store} "
             f"--steps {multitask_steps} --batch-size {MULTITASK_BATCH_SIZE} {training}"
         ),
-        "library": run(f"library build {store} --output {library} --exclude multitask"),
+        "library": run(f"library build {store} --output {library}"),
         "merge": run(f"merge {store} sentiment_novel sentiment_holiday --output-id merged"),
         "evaluate, seen": run(
             f"evaluate --tasks mini:train {scoring} --output {seen} --max-examples 40 "
