@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import collections
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -124,28 +124,35 @@ def _read(
     if not everything:
         yield from ((paths, None) for _, paths in groups)
         return
-    limit = max((source.nbytes for source, _ in groups), default=0)
-    # One that is decompressed takes more memory than its own, and threads of its reader: it is
-    # read alone.
-    todo = collections.deque(
-        (source, paths, limit if source.slow is None else source.nbytes) for source, paths in groups
-    )
+    # One that is decompressed takes more memory than its own, and threads of its reader.
+    for source, paths in groups:
+        if source.slow is None:
+            yield paths, _reader(arrays, source, paths)()
+    todo = collections.deque(group for group in groups if group[0].slow is not None)
+    limit = max((source.nbytes for source, _ in todo), default=0)
     taken = 0
     reading: collections.deque[tuple[list[str], int, Future[np.ndarray]]] = collections.deque()
     pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="elm_jax_read")
     try:
         while todo or reading:
-            while todo and (not reading or taken + todo[0][2] <= limit):
-                source, paths, need = todo.popleft()
-                read = arrays[paths[0]].read_contiguous if len(paths) == 1 else source.read
-                reading.append((paths, need, pool.submit(read)))
-                taken += need
-            paths, need, future = reading.popleft()
+            while todo and (not reading or taken + todo[0][0].nbytes <= limit):
+                source, paths = todo.popleft()
+                future = pool.submit(_reader(arrays, source, paths))
+                reading.append((paths, source.nbytes, future))
+                taken += source.nbytes
+                del future
+            paths, size, future = reading.popleft()
             yield paths, future.result()
             del future
-            taken -= need
+            taken -= size
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _reader(
+    arrays: Mapping[str, StoredArray], source: StoredArray, paths: Sequence[str]
+) -> Callable[[], np.ndarray]:
+    return arrays[paths[0]].read_contiguous if len(paths) == 1 else source.read
 
 
 def _groups(arrays: Mapping[str, StoredArray]) -> list[tuple[StoredArray, list[str]]]:
