@@ -10,8 +10,6 @@ count as memory of the process beside the arrays themselves.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import dataclasses
 import json
 import math
@@ -401,8 +399,6 @@ def _zarr(store: Any, name: str, folder: Path) -> StoredArray:
         _check_chunks(store, shape, name, folder)
         out = empty([part.stop - part.start for part in index], dtype)
         origin = [0] * len(index)
-        if out.nbytes > PIECE:
-            _return_memory()
         try:
             part = store[index].translate_to[origin] if index else store
             tensorstore.array(out, copy=False).write(part).result()
@@ -411,16 +407,6 @@ def _zarr(store: Any, name: str, folder: Path) -> StoredArray:
         return out
 
     return StoredArray(shape, dtype, f"{folder}: {name}", read)
-
-
-def _return_memory() -> None:
-    """Hands freed memory back to the system, where the C library is glibc.
-
-    It keeps, for each thread of tensorstore, what arrays of up to 32 MB took there while they were
-    decompressed.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _check_chunks(store: Any, shape: tuple[int, ...], name: str, folder: Path) -> None:
