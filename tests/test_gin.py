@@ -113,7 +113,7 @@ include 'runs/train_experts.gin'
         ("train_script.train.mesh = @loop.Member()", "0: loop.Member needs 'id', which no file b"),
         ("optimizers.OptimizerSpec.name = 'adan'", "0: optimizers.OptimizerSpec: optimizer name"),
         ("include 'experts/lara.gin'", "8: no file 'experts/lara.gin' to include (did you mean 'e"),
-        ("loop.RunConfig.seed = (1", ": EOF in multi-line statement"),
+        ("loop.RunConfig.seed = (1", "EOF in multi-line statement"),
         ("import elm_jax.trainin", "8: No module named 'elm_jax.trainin'"),
     ],
 )
