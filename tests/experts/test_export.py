@@ -27,12 +27,13 @@ from elm_jax.experts.export import write_table
 from elm_jax.models import get_spec
 
 TREE = {"encoder": {"w": np.arange(6, dtype=np.float32).reshape(2, 3).T}, "b": np.ones(4)}
+BACKBONE = {"name": "tiny", "fingerprint": "sha256:0"}
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> ExpertStore:
     made = ExpertStore(tmp_path / "store", create=True)
-    made.write(ExpertInfo("rte", get_spec("lora"), ("rte",), ("p",), {"name": "tiny"}), TREE)
+    made.write(ExpertInfo("rte", get_spec("lora"), ("rte",), ("p",), BACKBONE), TREE)
     return made
 
 
@@ -80,7 +81,7 @@ def test_what_cannot_be_exported(store: ExpertStore, tmp_path: Path) -> None:
 
 def two(store: ExpertStore) -> dict:
     tree = {"encoder": {"w": TREE["encoder"]["w"][::-1]}, "b": np.arange(4.0)}
-    store.write(ExpertInfo("imdb", get_spec("lora"), ("imdb",), ("p",), {"name": "tiny"}), tree)
+    store.write(ExpertInfo("imdb", get_spec("lora"), ("imdb",), ("p",), BACKBONE), tree)
     return {"rte": TREE, "imdb": tree}
 
 

@@ -139,12 +139,12 @@ def npz(store: ExpertStore, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"backbone": {}}, "'backbone' is {}, expected its name and fingerprint"),
+        ({"backbone": {}}, "backbone lacks fingerprint and name"),
         ({"backbone": {"name": 1, "fingerprint": 2}}, "'backbone' is"),
         ({"spec": {"kind": "lora", "rank": 2**30}}, "'rank' is 1073741824, which is out"),
         ({"spec": {"kind": "lora", "alpha": 10**400}}, "'alpha' is 1000"),
         ({"spec": {"kind": "lora", "dropout_rate": False}}, "'dropout_rate' is False"),
-        ({"settings": 3}, "'settings' is 3, which is out of range or of another type"),
+        ({"settings": 3}, "settings should be an object, got 3"),
         ({"history": [3]}, r"'history' is \(3,\)"),
         ({"tasks": [3]}, r"'tasks' is \(3,\)"),
         ({"spec": {"kind": "lora", "rank": "2"}}, "lora.rank must be a positive integer"),
