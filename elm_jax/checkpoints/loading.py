@@ -3,7 +3,8 @@
 Threads read ahead, and transpose as they read, while the arrays before are hashed and placed. What
 is on its way at a time is no more than the largest array, and the largest arrays come first, so
 that this is never needed on top of all the rest: the peak stays below 1.5 times the largest array
-plus this host's shards.
+plus this host's shards. (Where the largest is below some 100 MiB, what tensorstore's code and the C
+library's allocator keep, tens of MiB, can come on top.)
 """
 
 from __future__ import annotations
